@@ -1,0 +1,278 @@
+"""The settings of every verb, one dataclass each. The command's flags, the YAML keys and the Python keyword arguments
+are these fields: there is no second place where a setting or its default is written.
+
+Torch is not imported here, so `chiasm --help` is instant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+
+from chiasm.errors import ChiasmError, UnknownNameError
+
+T = TypeVar("T")
+
+
+def _flag(default: Any, help: str) -> Any:
+    """A field with its default and the sentence that `--help` shows."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def _positional(help: str, default: Any = MISSING) -> Any:
+    """A field that stands first on the command line, without a flag."""
+    metadata = {"help": help, "positional": True}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+def default_of(item: Field) -> Any:
+    """The default of a dataclass field, or `MISSING`."""
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What all settings share: strict keys, YAML in and out."""
+
+    @classmethod
+    def from_flags(cls, **flags: Any) -> Self:
+        """Build from keyword arguments.
+
+        Raises:
+            UnknownNameError: for a flag that does not exist, with the nearest that does.
+            ChiasmError: for a required flag that is missing.
+        """
+        names = [f.name for f in fields(cls)]
+        for name in flags:
+            if name not in names:
+                raise UnknownNameError("option", name, names)
+        for f in fields(cls):
+            if f.name not in flags and default_of(f) is MISSING:
+                raise ChiasmError(f"'{f.name}' is needed: {f.metadata['help']}")
+        return cls(**flags)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How an RGB image becomes the network's input; it travels inside the model file.
+
+    The image is resized so that the `size / crop` box is covered, centre-cropped to `size` (height, width), scaled to
+    0..1 and normalised with `mean` and `std` (one value per input channel).
+    """
+
+    size: tuple[int, int]
+    crop: float = 1.0
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+
+RecipeName = Literal["scratch", "finetune", "quick"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """Train a classifier on your images; the run folder holds all that comes of it."""
+
+    data: str = _positional("image folder, CSV, scenes[:key=value,...], torchvision:NAME or hf:NAME (see docs/data.md)")
+    model: str = _flag("conformer_nano_patch16_128", "architecture's name (chiasm models), ours or timm's")
+    recipe: RecipeName = _flag("scratch", "defaults by purpose: scratch, finetune or quick")
+    out: str | None = _flag(None, "run folder; default runs/<data>-<model>-<number>")
+    resume: str | None = _flag(None, "run folder to continue from its last complete checkpoint")
+    weights: str | None = _flag(None, "checkpoint to start from: a path or URL, any published dialect")
+    pretrained: bool = _flag(False, "start from the weights published for this architecture")
+    model_args: dict[str, Any] = _flag({}, "further arguments of the architecture, as YAML: '{coupling: none}'")
+
+    # data
+    image_size: int | None = _flag(None, "side of the square training image in pixels; default: the model's own")
+    val_fraction: float = _flag(0.2, "share held out, per class and seeded, where the data has no val split")
+    workers: int | None = _flag(None, "processes that read images; default: from the machine")
+    cache: bool = _flag(True, "keep decoded images in memory when they fit in a quarter of it")
+
+    # schedule
+    epochs: int = _flag(100, "passes over the training images")
+    max_minutes: float | None = _flag(None, "stop after this wall time; the schedule then follows time, not epochs")
+    batch_size: int = _flag(64, "images per step and device")
+    accumulate: int = _flag(1, "steps whose gradients are added up before an update")
+    optimizer: Literal["adamw", "sgd", "lamb", "lion", "adam", "rmsprop"] = _flag("adamw", "optimiser")
+    lr: float = _flag(1e-3, "peak learning rate")
+    min_lr: float = _flag(1e-5, "learning rate at the end of the cosine")
+    warmup_epochs: float = _flag(5.0, "epochs of linear warm-up")
+    weight_decay: float = _flag(0.05, "weight decay; none on biases, norms and class tokens")
+    momentum: float = _flag(0.9, "momentum of SGD and RMSprop, beta1 of the others")
+    layer_decay: float | None = _flag(None, "factor on the learning rate per layer from the head down, e.g. 0.75")
+    clip_grad: float | None = _flag(1.0, "gradient norm at most this")
+    freeze: list[str] = _flag([], "prefixes of parameters that stay as they are; 'backbone' means all but the heads")
+
+    # regularisation
+    label_smoothing: float = _flag(0.1, "share of the target given to all classes alike")
+    mixup: float = _flag(0.8, "mixup alpha; 0 is off")
+    cutmix: float = _flag(1.0, "cutmix alpha; 0 is off")
+    mix_probability: float = _flag(1.0, "share of batches that are mixed")
+    rand_augment: int = _flag(9, "RandAugment magnitude 0..30, two operations; 0 is off")
+    random_erasing: float = _flag(0.25, "probability of erasing a rectangle")
+    crop_scale: float = _flag(0.08, "smallest share of the image's area that a random crop keeps; 1 is off")
+    flip: float = _flag(0.5, "probability of a horizontal flip")
+    drop_path: float = _flag(0.1, "stochastic depth at the last block")
+    ema: float | None = _flag(None, "decay of the weights' moving average, e.g. 0.999; evaluated and saved in their place")
+    class_weights: Literal["none", "balanced"] = _flag("none", "weigh the loss by inverse class frequency")
+    early_stopping: int = _flag(0, "stop after this many epochs without a better val top-1; 0 is off")
+
+    # machine
+    seed: int = _flag(0, "seed of weights, order and augmentation")
+    accelerator: str = _flag("auto", "auto, cpu, gpu, mps ... (Lightning's names)")
+    devices: str = _flag("auto", "number of devices, or a list such as 0,1")
+    num_nodes: int = _flag(1, "machines, started with torchrun or SLURM")
+    strategy: str = _flag("auto", "auto, ddp, fsdp ... (Lightning's names)")
+    precision: Literal["auto", "32", "bf16", "16"] = _flag("auto", "auto: bf16 where a GPU has it, else 32 bits")
+    compile: bool = _flag(False, "torch.compile the model")
+    grad_checkpointing: bool = _flag(False, "recompute activations: less memory, more time")
+    checkpoint_minutes: float = _flag(5.0, "save a checkpoint at each epoch's end and at least this often")
+    loggers: list[Literal["csv", "tensorboard", "wandb"]] = _flag(["csv", "tensorboard"], "where metrics go")
+
+    @classmethod
+    def from_flags(cls, **flags: Any) -> Self:
+        """Build from keyword arguments over the defaults of `recipe` (its table is `RECIPES`)."""
+        name = flags.get("recipe", "scratch")
+        if name not in RECIPES:
+            raise UnknownNameError("recipe", str(name), RECIPES)
+        return super().from_flags(**(RECIPES[name] | flags))
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # From random weights, after the Conformer authors' recipe (arXiv 2105.03889, section 4.1): the defaults above.
+    "scratch": {},
+    # From pretrained weights: short, a lower rate towards the input, little mixing.
+    "finetune": {
+        "epochs": 30,
+        "lr": 2e-4,
+        "min_lr": 1e-6,
+        "warmup_epochs": 3.0,
+        "layer_decay": 0.75,
+        "mixup": 0.0,
+        "cutmix": 0.5,
+        "mix_probability": 0.5,
+        "crop_scale": 0.3,
+        "random_erasing": 0.1,
+    },
+    # From random weights within minutes on a laptop: too few steps for strong augmentation to pay.
+    "quick": {
+        "epochs": 20,
+        "lr": 2e-3,
+        "warmup_epochs": 1.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "rand_augment": 0,
+        "random_erasing": 0.0,
+        "crop_scale": 0.35,
+        "drop_path": 0.0,
+    },
+}
+
+
+# --------------------------------------------------------------------------------------------------------- other verbs
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Config):
+    """Measure a trained model on labelled images: table, JSON and a self-contained HTML report."""
+
+    model: str = _positional("model file, run folder or architecture's name")
+    data: str | None = _positional("data as for train; default: what the run was trained on", None)
+    split: str = _flag("val", "split to measure")
+    val_fraction: float = _flag(0.2, "as in train, where the data has no val split")
+    seed: int = _flag(0, "as in train: seed of the split")
+    image_size: int | None = _flag(None, "side in pixels; default: the model's own")
+    batch_size: int = _flag(64, "images at a time")
+    workers: int | None = _flag(None, "processes that read images; default: from the machine")
+    device: str = _flag("auto", "auto, cpu, cuda, mps")
+    out: str | None = _flag(None, "folder for report.html and metrics.json; default: evaluation/ beside the model")
+    format: Literal["table", "json"] = _flag("table", "what is printed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(Config):
+    """Classify images: files, folders, globs, or '-' for a list of paths on stdin."""
+
+    model: str = _positional("model file, run folder or architecture's name")
+    images: list[str] = _positional("files, folders, globs, or - to read paths from stdin")
+    format: Literal["table", "jsonl", "csv"] = _flag("table", "table, jsonl or csv")
+    out: str | None = _flag(None, "write to this file instead of the terminal")
+    draw: str | None = _flag(None, "folder for pictures with the result drawn on them")
+    top: int = _flag(3, "classes listed per image")
+    image_size: int | None = _flag(None, "side in pixels; default: the model's own")
+    batch_size: int = _flag(32, "images at a time")
+    workers: int | None = _flag(None, "processes that read images; default: from the machine")
+    device: str = _flag("auto", "auto, cpu, cuda, mps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Config):
+    """Check a data set before training: counts, sizes, broken files, duplicates; with a contact sheet."""
+
+    data: str = _positional("image folder, CSV, scenes[:key=value,...], torchvision:NAME or hf:NAME (see docs/data.md)")
+    val_fraction: float = _flag(0.2, "share held out, per class and seeded, where the data has no val split")
+    seed: int = _flag(0, "seed of the split and of the contact sheet")
+    sheet: str | None = _flag("contact-sheet.png", "where the contact sheet goes; 'none' for no picture")
+    format: Literal["table", "json"] = _flag("table", "what is printed")
+    workers: int | None = _flag(None, "processes that read images; default: from the machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DescribeConfig(Config):
+    """Show a model stage by stage: shapes of map and tokens, parameters, MACs, and what goes in and out."""
+
+    model: str = _positional("model file, run folder or architecture's name")
+    image_size: list[int] = _flag([], "side, or height and width, in pixels; default: the model's own")
+    in_chans: int = _flag(3, "input channels (architecture's name only)")
+    num_classes: int | None = _flag(None, "classes (architecture's name only)")
+    model_args: dict[str, Any] = _flag({}, "further arguments of the architecture, as YAML")
+    format: Literal["table", "json"] = _flag("table", "what is printed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsConfig(Config):
+    """List the architectures."""
+
+    pattern: str = _positional("part of a name, or a glob such as 'resnet*'", "")
+    all: bool = _flag(False, "also timm's own")
+    format: Literal["table", "json"] = _flag("table", "what is printed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Config):
+    """Train a small Conformer on the built-in images (about two minutes on two cores) and show what came out."""
+
+    out: str = _flag("demo-run", "folder for the run, the picture and the report")
+    minutes: float = _flag(1.5, "training time")
+    seed: int = _flag(0, "seed")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read settings from a YAML file.
+
+    Raises:
+        ChiasmError: when the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ChiasmError(f"{path}: cannot read these settings ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ChiasmError(f"{path}: not YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(content, dict):
+        raise ChiasmError(f"{path}: expected 'key: value' lines, saw {type(content).__name__}.")
+    return content

@@ -1,0 +1,82 @@
+"""Classification: what goes in is an image, what comes out is one label.
+
+The only file that knows what a class is: the loss of the branches, the decoding of logits, the metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chiasm.results import Classification
+
+
+class Classify(nn.Module):
+    """A model with the classes it tells apart.
+
+    Args:
+        model: a timm model whose `num_classes` is `len(labels)`; a model of several branches offers
+            `forward_branches(x) -> dict[str, Tensor]`.
+        labels: the class names in the order of the logits.
+        label_smoothing: share of the target given to all classes alike, 0..1.
+        class_weights: (classes,) factors on the loss, or None.
+    """
+
+    name = "classify"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        labels: Sequence[str],
+        *,
+        label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.labels = tuple(labels)
+        self.label_smoothing = label_smoothing
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images (B, C, H, W) -> the logits (B, classes) of each branch by name; one named 'model' for one branch."""
+        if hasattr(self.model, "forward_branches"):
+            return self.model.forward_branches(images)
+        return {"model": self.model(images)}
+
+    def loss(self, outputs: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """The mean over the branches of their cross-entropies, as 'loss', and each branch's own as 'loss/<branch>'.
+
+        `targets` are class indices (B,) or, after mixup, probabilities (B, classes).
+        """
+        terms = {
+            f"loss/{name}": F.cross_entropy(
+                logits.float(), targets, weight=self.class_weights, label_smoothing=self.label_smoothing
+            )
+            for name, logits in outputs.items()
+        }
+        return {"loss": torch.stack(list(terms.values())).mean(), **terms}
+
+    def decode(self, outputs: dict[str, Tensor], sources: Sequence[str]) -> list[Classification]:
+        """Logits to typed results, one per image; the only place where logits become probabilities."""
+        fused = mean_logits(outputs).float().softmax(-1).cpu().numpy()
+        branches = {name: logits.float().softmax(-1).cpu().numpy() for name, logits in outputs.items()}
+        if len(branches) == 1:
+            branches = {}
+        return [
+            Classification(
+                source=source,
+                labels=self.labels,
+                probabilities=fused[i],
+                branches={name: values[i] for name, values in branches.items()},
+            )
+            for i, source in enumerate(sources)
+        ]
+
+
+def mean_logits(outputs: dict[str, Tensor]) -> Tensor:
+    """The model's answer: the mean of the branch logits."""
+    return torch.stack(list(outputs.values())).mean(0)
