@@ -80,6 +80,7 @@ class Preprocess:
 
 # --------------------------------------------------------------------------------------------------------------- train
 
+_DATA = "image folder, CSV, scenes[:key=value,...], torchvision:NAME or hf:NAME (see docs/data.md)"
 RecipeName = Literal["scratch", "finetune", "quick"]
 
 
@@ -87,7 +88,7 @@ RecipeName = Literal["scratch", "finetune", "quick"]
 class TrainConfig(Config):
     """Train a classifier on your images; the run folder holds all that comes of it."""
 
-    data: str = _positional("image folder, CSV, scenes[:key=value,...], torchvision:NAME or hf:NAME (see docs/data.md)")
+    data: str | None = _positional(f"{_DATA}; not needed with --resume", None)
     model: str = _flag("conformer_nano_patch16_128", "architecture's name (chiasm models), ours or timm's")
     recipe: RecipeName = _flag("scratch", "defaults by purpose: scratch, finetune or quick")
     out: str | None = _flag(None, "run folder; default runs/<data>-<model>-<number>")
@@ -127,7 +128,9 @@ class TrainConfig(Config):
     crop_scale: float = _flag(0.08, "smallest share of the image's area that a random crop keeps; 1 is off")
     flip: float = _flag(0.5, "probability of a horizontal flip")
     drop_path: float = _flag(0.1, "stochastic depth at the last block")
-    ema: float | None = _flag(None, "decay of the weights' moving average, e.g. 0.999; evaluated and saved in their place")
+    ema: float | None = _flag(
+        None, "decay of the weights' moving average, e.g. 0.999; evaluated and saved in their place"
+    )
     class_weights: Literal["none", "balanced"] = _flag("none", "weigh the loss by inverse class frequency")
     early_stopping: int = _flag(0, "stop after this many epochs without a better val top-1; 0 is off")
 
@@ -149,6 +152,8 @@ class TrainConfig(Config):
         name = flags.get("recipe", "scratch")
         if name not in RECIPES:
             raise UnknownNameError("recipe", str(name), RECIPES)
+        if flags.get("data") is None and flags.get("resume") is None:
+            raise ChiasmError(f"what to train on? Give an {_DATA}, or --resume RUN.")
         return super().from_flags(**(RECIPES[name] | flags))
 
 
@@ -223,7 +228,7 @@ class PredictConfig(Config):
 class DataConfig(Config):
     """Check a data set before training: counts, sizes, broken files, duplicates; with a contact sheet."""
 
-    data: str = _positional("image folder, CSV, scenes[:key=value,...], torchvision:NAME or hf:NAME (see docs/data.md)")
+    data: str = _positional(_DATA)
     val_fraction: float = _flag(0.2, "share held out, per class and seeded, where the data has no val split")
     seed: int = _flag(0, "seed of the split and of the contact sheet")
     sheet: str | None = _flag("contact-sheet.png", "where the contact sheet goes; 'none' for no picture")

@@ -1,0 +1,186 @@
+"""The command line: flags -> settings -> verb. No logic lives here, and torch is not imported before a verb runs.
+
+The flags of a verb are the fields of its dataclass in `chiasm.config`; this file only turns one into the other.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+from jsonargparse import ActionYesNo, ArgumentParser
+
+from chiasm import __version__
+from chiasm.config import (
+    RECIPES,
+    Config,
+    DataConfig,
+    DemoConfig,
+    DescribeConfig,
+    EvaluateConfig,
+    ModelsConfig,
+    PredictConfig,
+    TrainConfig,
+    default_of,
+    read_yaml,
+)
+from chiasm.errors import ChiasmError, UnknownNameError, nearest
+
+# verb on the command line -> (settings, function in chiasm.verbs.<verb>)
+VERBS: dict[str, tuple[type[Config], str]] = {
+    "train": (TrainConfig, "train"),
+    "evaluate": (EvaluateConfig, "evaluate"),
+    "predict": (PredictConfig, "predict"),
+    "describe": (DescribeConfig, "describe"),
+    "data": (DataConfig, "check_data"),
+    "models": (ModelsConfig, "models"),
+    "demo": (DemoConfig, "demo"),
+}
+
+HELP = f"""chiasm {__version__}: vision models that join convolution and self-attention.
+
+usage: chiasm VERB ...
+
+{{verbs}}
+
+A MODEL is a model file, a run folder or an architecture's name.
+'chiasm VERB --help' lists a verb's settings, '--print-config' shows them in full, '--config FILE' reads them from YAML.
+"""
+
+
+class _Parser(ArgumentParser):
+    """An argument parser that tells a mistake in one line and suggests the nearest choice."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        message = " ".join(message.split()).rstrip(".")
+        if wrong := re.match(r'Parser key "(\w+)"(?: element \d+)?: Expected an? (.*)\. Got value: (.*)', message):
+            key, kind, value = wrong.groups()
+            flag = f"--{key.replace('_', '-')}"
+            if choices := re.search(r"Literal\[(.*)\]", kind):
+                raise UnknownNameError(flag, value, choices[1].replace("'", "").split(", "), f"One of {choices[1]}.")
+            kind = re.sub(r"<class '(\w+)'>", r"\1", kind).replace("typing.", "")
+            message = f"{flag}: expected {kind}, saw '{value}'"
+        raise ChiasmError(f"{message}. See '{self.prog} --help'.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 fine, 1 done with exceptions, 2 misuse, 3 training failed)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(argv)
+    except ChiasmError as error:
+        print(f"chiasm: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("chiasm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`| head`): point stdout elsewhere so that Python's last flush stays quiet too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        verbs = "\n".join(f"  {verb:<10}{_summary(config)}" for verb, (config, _) in VERBS.items())
+        print(HELP.format(verbs=verbs), end="")
+        return 0
+    if argv[0] == "--version":
+        print(f"chiasm {__version__}")
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        raise UnknownNameError("verb", verb, VERBS, "See 'chiasm --help'.")
+    config_class, function = VERBS[verb]
+    flags = _parse(verb, config_class, rest)
+    if flags is None:
+        return 0
+    config = config_class.from_flags(**flags)  # refuse what is missing before torch is imported
+    module = import_module(f"chiasm.verbs.{verb}")
+    return module.show(getattr(module, function)(**flags), config)
+
+
+def _summary(config: type[Config]) -> str:
+    return (config.__doc__ or "").strip().splitlines()[0]
+
+
+def _parse(verb: str, config_class: type[Config], argv: list[str]) -> dict[str, Any] | None:
+    """The settings that were given on the command line or in a YAML file; None when only help was asked for."""
+    parser = _parser(verb, config_class)
+    if "-h" in argv or "--help" in argv:
+        parser.print_help()
+        return None
+    _check_options(verb, config_class, argv)
+    given = vars(parser.parse_args(argv, defaults=False))
+    print_config = given.pop("print_config", False)
+    path = given.pop("config", None)
+    flags = {key: value for key, value in given.items() if value is not None}
+    if path:
+        flags = _read_settings(path, parser, config_class) | flags
+    if print_config:
+        positional = [f.name for f in fields(config_class) if f.metadata.get("positional")]
+        print(config_class.from_flags(**{name: f"<{name}>" for name in positional} | flags).to_yaml(), end="")
+        return None
+    return flags
+
+
+def _read_settings(path: str, parser: ArgumentParser, config_class: type[Config]) -> dict[str, Any]:
+    """The settings of a YAML file, checked against the same types as the flags."""
+    content = read_yaml(path)
+    names = [f.name for f in fields(config_class)]
+    for name in content:
+        if name not in names:
+            raise UnknownNameError("option", str(name), names, f"It stands in {path}.")
+    try:
+        return vars(parser.parse_object(content, defaults=False))
+    except ChiasmError as error:
+        raise ChiasmError(f"{path}: {error}") from error
+
+
+def _parser(verb: str, config_class: type[Config]) -> ArgumentParser:
+    parser = _Parser(prog=f"chiasm {verb}", description=_summary(config_class), default_env=False)
+    hints = get_type_hints(config_class)
+    for item in fields(config_class):
+        default, kind = default_of(item), hints[item.name]
+        many = get_origin(kind) is list
+        options: dict[str, Any] = {"help": item.metadata["help"].replace("%", "%%")}
+        if default is not MISSING:
+            options["default"] = default
+        if item.metadata.get("positional"):
+            # Never required by the parser: --print-config and --config do without; Config.from_flags asks for it.
+            options |= {"nargs": "*" if many else "?", "type": get_args(kind)[0] if many else kind}
+            parser.add_argument(item.name, metavar=item.name.upper(), **options)
+        elif kind is bool:
+            parser.add_argument(f"--{item.name.replace('_', '-')}", action=ActionYesNo(no_prefix="no-"), **options)
+        elif many:
+            parser.add_argument(f"--{item.name.replace('_', '-')}", nargs="*", type=get_args(kind)[0], **options)
+        else:
+            parser.add_argument(f"--{item.name.replace('_', '-')}", type=kind, **options)
+    parser.add_argument(
+        "--config", type=str, metavar="FILE", help="read settings from this YAML file; flags win over it"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print all settings as YAML and stop")
+    if config_class is TrainConfig:
+        parser.epilog = f"Recipes: {', '.join(RECIPES)}; 'chiasm train --recipe NAME --print-config' shows one in full."
+    return parser
+
+
+def _check_options(verb: str, config_class: type[Config], argv: list[str]) -> None:
+    """Refuse an unknown option with the nearest one, before the parser gives its own long usage text."""
+    known = {"config", "print-config", "help"}
+    for item in fields(config_class):
+        if not item.metadata.get("positional"):
+            name = item.name.replace("_", "-")
+            known |= {name, f"no-{name}"} if isinstance(default_of(item), bool) else {name}
+    for word in argv:
+        name = word[2:].split("=")[0]
+        if word.startswith("--") and name and name not in known:
+            near = nearest(name, known) or get_close_matches(name.split("-")[0], known)
+            hint = f"; did you mean {' or '.join('--' + n for n in near)}?" if near else "."
+            raise ChiasmError(f"unknown option '--{name}'{hint} See 'chiasm {verb} --help'.")
