@@ -24,7 +24,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """LayerNorm, attention, LayerNorm, MLP with GELU, each with its residual and stochastic depth; (B, N, D) -> same."""
+    """LayerNorm, attention, LayerNorm, MLP with GELU, residuals with stochastic depth; tokens (B, N, D) -> the same."""
 
     def __init__(
         self,

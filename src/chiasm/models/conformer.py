@@ -21,8 +21,8 @@ extension: the stem's map is zero-padded at the bottom and right to a multiple o
 of at least one patch is taken, square or not (the reference fails; OpenMMLab pads the same way).
 
 Published (224 px, ImageNet-1k): parameters 23.5 / 37.7 / 38.9 / 83.3 M, top-1 81.3 / 83.4 / 82.0 / 84.1 %
-for tiny / small / small patch 32 / base. Its lasting value is the structure; newer networks reach Conformer-S's accuracy
-for fewer MACs.
+for tiny / small / small patch 32 / base. Its lasting value is the structure; newer networks reach the accuracy of
+Conformer-S for fewer MACs.
 
 Shapes: B batch, C map channels, H x W map, D token width, N = H * W tokens at the patch's stride.
 """
@@ -189,7 +189,7 @@ class Conformer(nn.Module):
         in_chans: input channels.
         drop_rate: dropout in front of the heads.
         attn_drop_rate: dropout on attention weights.
-        drop_path_rate: stochastic depth of the last Transformer block, rising linearly from 0. The conv branch has none.
+        drop_path_rate: stochastic depth of the last Transformer block, rising linearly from 0; none in the conv branch.
     """
 
     def __init__(
@@ -305,7 +305,7 @@ class Conformer(nn.Module):
         return {name: self.heads[name](value) for name, value in self._pool(self.forward_features(x)).items()}
 
     def _enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Stem and patch embedding: the padded map, and the tokens behind the class token (empty without that branch)."""
+        """Stem and patch embedding: the padded map, and class token and tokens (empty without that branch)."""
         if min(x.shape[-2:]) < self.config.patch:
             raise ChiasmError(
                 f"image of {x.shape[-2]}x{x.shape[-1]} px: this model needs at least {self.config.patch} px a side; "
