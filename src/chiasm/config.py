@@ -111,7 +111,7 @@ class TrainConfig(Config):
     optimizer: Literal["adamw", "sgd", "lamb", "lion", "adam", "rmsprop"] = _flag("adamw", "optimiser")
     lr: float = _flag(1e-3, "peak learning rate")
     min_lr: float = _flag(1e-5, "learning rate at the end of the cosine")
-    warmup_epochs: float = _flag(5.0, "epochs of linear warm-up")
+    warmup_epochs: float = _flag(5.0, "epochs of linear warm-up, at most a fifth of the run")
     weight_decay: float = _flag(0.05, "weight decay; none on biases, norms and class tokens")
     momentum: float = _flag(0.9, "momentum of SGD and RMSprop, beta1 of the others")
     layer_decay: float | None = _flag(None, "factor on the learning rate per layer from the head down, e.g. 0.75")
@@ -144,7 +144,7 @@ class TrainConfig(Config):
     compile: bool = _flag(False, "torch.compile the model")
     grad_checkpointing: bool = _flag(False, "recompute activations: less memory, more time")
     checkpoint_minutes: float = _flag(5.0, "save a checkpoint at each epoch's end and at least this often")
-    loggers: list[Literal["csv", "tensorboard", "wandb"]] = _flag(["csv", "tensorboard"], "where metrics go")
+    loggers: list[Literal["tensorboard", "wandb"]] = _flag(["tensorboard"], "where metrics go besides metrics.csv")
 
     @classmethod
     def from_flags(cls, **flags: Any) -> Self:

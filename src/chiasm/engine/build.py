@@ -1,0 +1,76 @@
+"""The model to train: built for the data's classes, its weights loaded, parts of it frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from chiasm.config import TrainConfig
+from chiasm.engine.freeze import freeze
+from chiasm.errors import ChiasmError
+from chiasm.models import create_model
+
+
+def build_model(config: TrainConfig, classes: int, *, load: bool = True) -> tuple[nn.Module, dict[str, Any], str]:
+    """Build `config.model` with `classes` outputs; the weights are a function of `config.seed` or of their source.
+
+    Drop path and image size are passed to architectures that take them and not to the others.
+
+    Args:
+        load: whether to fetch the weights that training starts from; a resumed run has its own.
+
+    Returns:
+        The model, the arguments that build it again for inference, and what was loaded in words ('' for nothing).
+
+    Raises:
+        ChiasmError: for arguments that the architecture does not take, or weights that cannot be had.
+    """
+    if config.weights and config.pretrained:
+        raise ChiasmError("--weights and --pretrained both say what to start from; give one of them.")
+    optional: dict[str, Any] = {"drop_path_rate": config.drop_path} if config.drop_path else {}
+    if config.image_size is not None:
+        optional["img_size"] = config.image_size
+    optional = {name: value for name, value in optional.items() if name not in config.model_args}
+    model = None
+    while model is None:
+        torch.manual_seed(config.seed)
+        try:
+            model = create_model(
+                config.model,
+                pretrained=config.pretrained and load,
+                num_classes=classes,
+                **optional,
+                **config.model_args,
+            )
+        except TypeError as error:
+            unwanted = next((name for name in optional if f"'{name}'" in str(error)), None)
+            if unwanted is None:
+                raise ChiasmError(f"{config.model} cannot be built with {config.model_args}: {error}.") from error
+            del optional[unwanted]
+        except (OSError, RuntimeError) as error:
+            if not (config.pretrained and load):
+                raise
+            reason = str(error).splitlines()[0]
+            raise ChiasmError(
+                f"the published weights of {config.model} cannot be had ({reason}); give a file with --weights."
+            ) from error
+    loaded = f"published weights of {config.model}" if config.pretrained else ""
+    if config.weights and load:
+        from chiasm.models.checkpoints import load_weights
+
+        loaded = str(load_weights(model, config.weights))
+    if config.grad_checkpointing:
+        _checkpoint_gradients(model, config.model)
+    if config.freeze:
+        freeze(model, config.freeze)
+    optional.pop("drop_path_rate", None)
+    return model.to(memory_format=torch.channels_last), optional | config.model_args, loaded
+
+
+def _checkpoint_gradients(model: nn.Module, name: str) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise ChiasmError(f"{name} cannot recompute its activations; leave out --grad-checkpointing.") from error

@@ -1,0 +1,175 @@
+"""Lightning's Trainer put together and run, quietly, with its failures told in our words."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+
+from chiasm.config import Preprocess, TrainConfig
+from chiasm.data import ImageData
+from chiasm.data.loader import eval_loader, train_loader
+from chiasm.data.transforms import eval_transform, train_transform
+from chiasm.engine.checkpoints import AtomicCheckpointIO, Checkpoints
+from chiasm.engine.interrupt import Interrupt
+from chiasm.engine.loggers import make_loggers
+from chiasm.engine.module import Training
+from chiasm.engine.progress import Show
+from chiasm.engine.run_folder import RunFolder
+from chiasm.engine.shards import Shard
+from chiasm.engine.state import RunState, Stopwatch
+from chiasm.errors import ChiasmError, DataError, TrainingError
+from chiasm.model_file import ModelInfo
+from chiasm.tasks.classify import Classify
+
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def fit(
+    task: Classify,
+    data: ImageData,
+    preprocess: Preprocess,
+    info: ModelInfo,
+    config: TrainConfig,
+    run: RunFolder,
+    state: RunState,
+    *,
+    resume: bool,
+    watch: Stopwatch,
+    interrupt: Interrupt,
+    console: Console,
+) -> Training:
+    """Train `task` to the end of its schedule, or on from `run.last` with `resume`; `state` tells how it went.
+
+    Raises:
+        TrainingError: when the loss is not finite or the disk is full; the last complete checkpoint is kept.
+        InterruptedRunError: after a signal, with everything saved.
+        DataError: when a process has less than one batch of images.
+        ChiasmError: for devices or a precision that this machine does not have.
+    """
+    with _quiet():
+        trainer = _make_trainer(
+            config,
+            logger=make_loggers(config, run, purge_from=state.updates + 1 if resume else 0),
+            callbacks=[
+                Show(console),
+                Checkpoints(run, info, config.checkpoint_minutes, config.accumulate, interrupt),
+            ],
+            default_root_dir=str(run.path),
+        )
+        state.world_size = trainer.world_size
+        train, val = data.splits["train"], data.splits["val"]
+        val_images = len(val)
+        if trainer.world_size > 1:
+            train = Shard(train, trainer.global_rank, trainer.world_size, pad=False)
+            val = Shard(val, trainer.global_rank, trainer.world_size, pad=True)
+            val_images = val.real
+        if len(train) < config.batch_size:
+            each = f" for each of {trainer.world_size} processes" if trainer.world_size > 1 else ""
+            raise DataError(
+                f"{data.name}: {len(train)} training images{each} do not fill one batch of {config.batch_size}; "
+                f"give --batch-size {max(1, len(train))} or less."
+            )
+        module = Training(
+            task,
+            config,
+            state,
+            train_loader(
+                train,
+                train_transform(config, preprocess),
+                batch_size=config.batch_size,
+                seed=config.seed,
+                workers=config.workers,
+                cache=config.cache,
+            ),
+            eval_loader(val, eval_transform(preprocess), batch_size=config.batch_size, workers=config.workers),
+            val_images,
+            watch,
+        )
+        if config.compile:
+            task.compile()
+        try:
+            trainer.fit(module, ckpt_path=str(run.last) if resume else None, weights_only=True)
+        except TrainingError as error:
+            kept = f" The last good checkpoint is kept: {run.last}" if run.last.exists() else ""
+            raise TrainingError(f"{error}{kept}") from error
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            raise TrainingError(
+                f"{error.filename or run.path}: cannot be written ({error.strerror}). Make room, then: "
+                f"chiasm train --resume {run.path}"
+            ) from error
+        except Exception as error:
+            # A signal to the whole process group also ends the workers that read images, which is then the failure seen.
+            if interrupt.received is None:
+                raise
+            raise interrupt.error(f"to go on from the last checkpoint: chiasm train --resume {run.path}") from error
+        finally:
+            interrupt.patient = False
+    return module
+
+
+def _make_trainer(config: TrainConfig, **parts: Any) -> pl.Trainer:
+    if config.strategy not in STRATEGIES:
+        raise ChiasmError(f"strategy '{config.strategy}': expected one of {', '.join(STRATEGIES)}.")
+    try:
+        return pl.Trainer(
+            accelerator=config.accelerator,
+            devices=int(config.devices) if str(config.devices).isdigit() else config.devices,
+            num_nodes=config.num_nodes,
+            strategy=config.strategy,
+            precision=_precision(config),
+            max_epochs=-1 if config.max_minutes is not None else config.epochs,
+            accumulate_grad_batches=config.accumulate,
+            gradient_clip_val=config.clip_grad,
+            plugins=[AtomicCheckpointIO()],
+            # Each epoch asks the module for its batches anew, since a resumed one has fewer.
+            reload_dataloaders_every_n_epochs=1,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **parts,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise ChiasmError(f"this machine cannot train so: {' '.join(str(error).split())}") from error
+
+
+def _precision(config: TrainConfig) -> Any:
+    gpu = config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if config.precision == "auto":
+        return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
+    if config.precision == "16" and config.accelerator == "cpu" or config.precision == "16" and not _has_accelerator():
+        raise ChiasmError("precision 16 needs a GPU; use --precision bf16 or 32 on a CPU.")
+    return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[config.precision]
+
+
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's announcements and advice off; errors still come through."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for module in (r"pytorch_lightning\..*", r"lightning_fabric\..*"):
+                warnings.filterwarnings("ignore", module=module)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

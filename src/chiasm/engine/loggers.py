@@ -1,0 +1,35 @@
+"""Where metrics go besides metrics.csv: TensorBoard, and Weights & Biases where it is installed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from pytorch_lightning.loggers import Logger
+
+from chiasm.config import TrainConfig
+from chiasm.engine.run_folder import RunFolder
+from chiasm.errors import ChiasmError, UnknownNameError
+
+
+def make_loggers(config: TrainConfig, run: RunFolder, purge_from: int) -> list[Logger]:
+    """The loggers of `config`. On resume, what was logged from optimiser step `purge_from` on is made again.
+
+    Raises:
+        ChiasmError: for Weights & Biases where it is not installed.
+    """
+    loggers: list[Logger] = []
+    for name in config.loggers:
+        if name == "tensorboard":
+            from pytorch_lightning.loggers import TensorBoardLogger
+
+            purge = {"purge_step": purge_from} if purge_from else {}
+            loggers.append(TensorBoardLogger(save_dir=str(run.path), name="", version="tensorboard", **purge))
+        elif name == "wandb":
+            if find_spec("wandb") is None:
+                raise ChiasmError("wandb is not installed; pip install 'chiasm[wandb]', or leave it out of --loggers.")
+            from pytorch_lightning.loggers import WandbLogger
+
+            loggers.append(WandbLogger(project="chiasm", name=run.path.name, save_dir=str(run.path)))
+        else:
+            raise UnknownNameError("logger", name, ["tensorboard", "wandb"])
+    return loggers

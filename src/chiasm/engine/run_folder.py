@@ -1,0 +1,169 @@
+"""The folder of a run, which explains itself: settings, metrics, checkpoints, model file, curves, summary."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from chiasm.config import TrainConfig, read_yaml
+from chiasm.errors import ChiasmError, ModelFileError, UnknownNameError
+
+# What may differ on resume: it changes how fast and where, not what comes out.
+FREE_ON_RESUME = frozenset({"resume", "data", "workers", "cache", "checkpoint_minutes", "loggers", "accelerator"})
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths in a run folder, and the files that are text."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def last(self) -> Path:
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "checkpoints" / "best.ckpt"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @classmethod
+    def create(cls, config: TrainConfig, data_name: str) -> RunFolder:
+        """Make the folder of a new run: `config.out`, or the next free runs/<data>-<model>-<number>.
+
+        Raises:
+            ChiasmError: when the folder holds something already or cannot be made.
+        """
+        try:
+            if config.out is not None:
+                run = cls(Path(config.out))
+                run._refuse_occupied()
+                run.path.mkdir(parents=True, exist_ok=True)
+            else:
+                run = cls._next_free(f"{_plain(data_name)}-{_plain(config.model)}")
+            run.last.parent.mkdir()
+            run._write(run.config, config.to_yaml())
+        except OSError as error:
+            raise ChiasmError(
+                f"{error.filename}: cannot make the run folder ({error.strerror}); choose --out."
+            ) from error
+        return run
+
+    @classmethod
+    def open(cls, path: str) -> tuple[RunFolder, TrainConfig]:
+        """An existing run with the settings it was started with.
+
+        Raises:
+            ModelFileError: when there is no run in `path`.
+        """
+        run = cls(Path(path))
+        if not run.config.is_file():
+            raise ModelFileError(f"{path}: not a run folder (no config.yaml there); --resume takes what --out made.")
+        return run, TrainConfig(**_known(run.config, read_yaml(run.config)))
+
+    def write_metrics(self, history: list[dict[str, float]]) -> None:
+        """metrics.csv, whole: one line per completed epoch."""
+        if history:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(history)
+            self._write(self.metrics, text.getvalue())
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        self._write(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+    def discard_unused(self) -> None:
+        """Take away the folder of a run that failed before its first checkpoint, so that its name is free again."""
+        if not self.last.exists():
+            self.config.unlink(missing_ok=True)
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+            for folder in (self.last.parent, self.path):
+                with contextlib.suppress(OSError):  # something else lies there: it stays
+                    folder.rmdir()
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        part = path.with_name(f".{path.name}.part")
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+
+    def _refuse_occupied(self) -> None:
+        if self.path.is_dir() and any(self.path.iterdir()):
+            way_out = f"--resume {self.path} to go on with it, or " if self.config.exists() else ""
+            raise ChiasmError(f"{self.path}: holds something already; give {way_out}another --out.")
+
+    @classmethod
+    def _next_free(cls, name: str) -> RunFolder:
+        number = 1
+        while True:
+            path = Path("runs") / f"{name}-{number}"
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                number += 1
+            else:
+                return cls(path)
+
+
+def resumed_config(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
+    """The settings of a run that goes on: its own, with what was `given` now where that changes no result.
+
+    Raises:
+        ChiasmError: for a setting that would change the result.
+    """
+    own = saved.to_dict()
+    TrainConfig.from_flags(**given)  # names the nearest for an unknown one
+    changed = [name for name, value in given.items() if name not in FREE_ON_RESUME and value != own[name]]
+    if changed:
+        name = changed[0]
+        why = " (the learning rate is laid out over the whole run)" if name in ("epochs", "max_minutes") else ""
+        raise ChiasmError(
+            f"{name} is {own[name]} in this run and cannot become {given[name]} on resume{why}; leave it out, or start "
+            f"a new run from these weights with --weights."
+        )
+    return TrainConfig(**own | {name: value for name, value in given.items() if name in FREE_ON_RESUME})
+
+
+def _known(path: os.PathLike[str], settings: dict[str, Any]) -> dict[str, Any]:
+    names = [item.name for item in fields(TrainConfig)]
+    for name in settings:
+        if name not in names:
+            raise UnknownNameError("option", name, names, f"It stands in {path}.")
+    return settings
+
+
+def _plain(name: str) -> str:
+    """A name fit for a folder: letters, digits, dots, dashes."""
+    return re.sub(r"[^\w.]+", "-", Path(name).name or name).strip("-.") or "data"

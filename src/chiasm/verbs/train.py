@@ -1,0 +1,280 @@
+"""chiasm train: images in, a run folder with a trained model out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chiasm.config import TrainConfig
+from chiasm.engine.run_folder import RunFolder, resumed_config
+from chiasm.errors import ChiasmError, DataError, InterruptedRunError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from chiasm.data import ImageData
+    from chiasm.engine.state import RunState
+
+# Lightning starts the further processes of one machine by running the same command again; this tells them the folder.
+SHARED_RUN = "CHIASM_RUN_FOLDER"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        run: the run folder.
+        model: the model file of the best epoch.
+        top1: the best validation top-1, 0..1.
+        branches: each branch's own top-1 in that epoch, by name; empty for a one-branch model.
+        best_epoch: the epoch it was reached after, from 1.
+        epochs: epochs trained.
+        seconds: wall time over all sessions of the run.
+        images_per_second: training speed, validation left out.
+    """
+
+    run: str
+    model: str
+    top1: float
+    branches: dict[str, float] = field(default_factory=dict)
+    best_epoch: int
+    epochs: int
+    seconds: float
+    images_per_second: float
+
+
+def train(**flags: Any) -> TrainResult:
+    """Train a classifier; the keyword arguments are the fields of `TrainConfig`, over the defaults of `recipe`.
+
+    With `resume` the run goes on from its last complete checkpoint with its own settings; a finished run is left as it
+    is and its result returned.
+
+    Raises:
+        DataError: for data that cannot be trained on.
+        TrainingError: when the loss is not finite or the disk is full; the last complete checkpoint is kept.
+        InterruptedRunError: after Ctrl-C or SIGTERM, with everything saved.
+        ChiasmError: for settings that contradict each other, this machine or, on resume, the run.
+    """
+    from rich.console import Console
+
+    from chiasm.engine.interrupt import Interrupt
+    from chiasm.engine.state import Stopwatch
+
+    watch = Stopwatch()
+    console = Console(stderr=True, soft_wrap=True)
+    run = None
+    if flags.get("resume") is not None:
+        run, saved = RunFolder.open(flags["resume"])
+        config = resumed_config(saved, flags)
+    else:
+        config = TrainConfig.from_flags(**flags)
+    _check(config)
+    with Interrupt() as interrupt:
+        return _train(config, run, watch, interrupt, console)
+
+
+def show(result: TrainResult, config: TrainConfig) -> int:
+    """Print what came out; returns the exit code."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False)
+    branches = ", ".join(f"{name} alone {value:.1%}" for name, value in result.branches.items())
+    console.print(f"best val top-1 {result.top1:.1%} (epoch {result.best_epoch} of {result.epochs})", style="bold")
+    if branches:
+        console.print(branches)
+    console.print(f"{result.seconds / 60:.1f} minutes, {result.images_per_second:.0f} images/s")
+    console.print(f"model  {result.model}\nnext   chiasm evaluate {result.run}")
+    return 0
+
+
+def _train(config: TrainConfig, run: RunFolder | None, watch: Any, interrupt: Any, console: Console) -> TrainResult:
+    import torch
+    from pytorch_lightning.utilities import rank_zero_only
+
+    from chiasm.data import open_data
+    from chiasm.engine.build import build_model
+    from chiasm.engine.checkpoints import STATE_KEY, read_checkpoint
+    from chiasm.engine.fit import fit
+    from chiasm.engine.state import RunState
+    from chiasm.model_file import ModelInfo, preprocess_of
+    from chiasm.tasks.classify import Classify
+
+    first = rank_zero_only.rank == 0
+    console.quiet = not first
+    new = run is None
+    resume = run is not None and run.last.exists()
+    state = RunState()
+    if run is not None and resume:
+        checkpoint = read_checkpoint(run.last)
+        state.restore(checkpoint[STATE_KEY])
+        del checkpoint
+        if state.finished and run.summary.exists():
+            console.print(f"{run.path} is finished: {state.epoch} epochs, nothing left to do.", highlight=False)
+            return _result(run, state)
+    assert config.data is not None
+    data = open_data(config.data, val_fraction=config.val_fraction, seed=config.seed)
+    _check_data(data)
+    fingerprint = _fingerprint(data)
+    if resume and state.data != fingerprint:
+        raise DataError(f"{config.data}: not the images this run was started on; put them back or start a new run.")
+    model, model_args, loaded = build_model(config, len(data.classes), load=not resume)
+    if loaded:
+        console.print(loaded, highlight=False)
+    preprocess = preprocess_of(model, config.image_size)
+    info = ModelInfo(
+        architecture=config.model,
+        model_args=model_args,
+        labels=data.classes,
+        preprocess=preprocess,
+        data=config.data,
+    )
+    weights = _balanced(data, torch) if config.class_weights == "balanced" else None
+    task = Classify(model, data.classes, label_smoothing=config.label_smoothing, class_weights=weights)
+    if run is None:
+        run = _shared_run(config, data.name, first)
+    state.data = fingerprint
+    train_images, val_images = len(data.splits["train"]), len(data.splits["val"])
+    parameters = sum(value.numel() for value in model.parameters())
+    begin = f"from epoch {state.epoch + 1}, batch {state.batch}" if resume else "from the start"
+    console.print(
+        f"{config.model} ({parameters / 1e6:.1f}M parameters, {preprocess.size[0]}x{preprocess.size[1]} px) on {data.name}: "
+        f"{train_images} training and {val_images} validation images, {len(data.classes)} classes; {begin} -> {run.path}",
+        highlight=False,
+    )
+    interrupt.hint = f"nothing new was trained. To go on: chiasm train --resume {run.path}"
+    if not state.finished:
+        try:
+            fit(
+                task,
+                data,
+                preprocess,
+                info,
+                config,
+                run,
+                state,
+                resume=resume,
+                watch=watch,
+                interrupt=interrupt,
+                console=console,
+            )
+        except InterruptedRunError:
+            raise
+        except ChiasmError:
+            if new and first:
+                run.discard_unused()
+            raise
+        finally:
+            os.environ.pop(SHARED_RUN, None)
+    if first:
+        _finish(run, config, state, parameters, data)
+    return _result(run, state)
+
+
+def _check(config: TrainConfig) -> None:
+    """Settings that cannot be: each told with its range."""
+    if config.data is None:
+        raise ChiasmError("what to train on is needed: chiasm train DATA, or --resume RUN to go on with a run.")
+    ranges: dict[str, tuple[float, float]] = {
+        "epochs": (1, 1e6),
+        "batch_size": (1, 1e6),
+        "accumulate": (1, 1e6),
+        "val_fraction": (0.0, 0.9),
+        "label_smoothing": (0.0, 0.99),
+        "mix_probability": (0.0, 1.0),
+        "mixup": (0.0, 100.0),
+        "cutmix": (0.0, 100.0),
+        "random_erasing": (0.0, 1.0),
+        "crop_scale": (0.001, 1.0),
+        "rand_augment": (0, 30),
+        "flip": (0.0, 1.0),
+        "drop_path": (0.0, 0.99),
+        "lr": (1e-12, 1e6),
+        "min_lr": (0.0, 1e6),
+        "warmup_epochs": (0.0, 1e6),
+        "weight_decay": (0.0, 1e6),
+        "momentum": (0.0, 0.99999),
+        "early_stopping": (0, 1e6),
+        "num_nodes": (1, 1e6),
+        "checkpoint_minutes": (0.0, 1e6),
+    }
+    optional: dict[str, tuple[float, float]] = {
+        "max_minutes": (0.01, 1e6),
+        "layer_decay": (0.01, 1.0),
+        "clip_grad": (1e-9, 1e9),
+        "ema": (0.0, 1.0),
+        "image_size": (1, 1e5),
+        "workers": (0, 1e4),
+    }
+    for name, (low, high) in (ranges | optional).items():
+        value = getattr(config, name)
+        if value is None and name in optional:
+            continue
+        if not low <= value <= high:
+            raise ChiasmError(f"{name} is {value}: expected {low:g} to {high:g}.")
+
+
+def _check_data(data: ImageData) -> None:
+    for name in ("train", "val"):
+        if name not in data.splits or not len(data.splits[name]):
+            raise DataError(f"{data.name}: no {name} images; see 'chiasm data' for what is there.")
+    present = sorted(set(data.splits["train"].labels))
+    if len(present) < 2:
+        raise DataError(
+            f"{data.name}: all training images are of one class ({data.classes[present[0]]}); at least two are needed."
+        )
+
+
+def _fingerprint(data: ImageData) -> str:
+    """The same for the same images wherever the folder lies: classes, and each split's file names and labels."""
+    digest = hashlib.sha256(repr(data.classes).encode())
+    for name in ("train", "val"):
+        split = data.splits[name]
+        digest.update(repr([Path(source).name for source in split.sources]).encode())
+        digest.update(repr(list(split.labels)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _balanced(data: ImageData, torch: Any) -> Any:
+    """Inverse class frequency, 1 on average over the images; 0 for a class without training images."""
+    counts = torch.bincount(torch.tensor(data.splits["train"].labels), minlength=len(data.classes)).float()
+    present = int((counts > 0).sum())
+    return torch.where(counts > 0, counts.sum() / (present * counts.clamp(min=1)), torch.zeros(()))
+
+
+def _shared_run(config: TrainConfig, data_name: str, first: bool) -> RunFolder:
+    """The folder of a new run: the first process makes it, the others are told."""
+    if not first:
+        path = os.environ.get(SHARED_RUN) or config.out
+        if path is None:
+            raise ChiasmError("give --out: processes started by torchrun or on several machines need one run folder.")
+        return RunFolder(Path(path))
+    run = RunFolder.create(config, data_name)
+    os.environ[SHARED_RUN] = str(run.path)
+    return run
+
+
+def _finish(run: RunFolder, config: TrainConfig, state: RunState, parameters: int, data: ImageData) -> None:
+    from chiasm.engine.curves import draw_curves
+    from chiasm.engine.summary import summarize
+
+    run.write_metrics(state.history)
+    draw_curves(state.history, run.curves)
+    run.write_summary(summarize(config, state, parameters, data))
+
+
+def _result(run: RunFolder, state: RunState) -> TrainResult:
+    best = state.best_row
+    return TrainResult(
+        run=str(run.path),
+        model=str(run.model),
+        top1=state.best_top1,
+        branches={name[9:]: value for name, value in best.items() if name.startswith("val_top1_")},
+        best_epoch=state.best_epoch,
+        epochs=state.epoch,
+        seconds=state.seconds,
+        images_per_second=state.images * state.world_size / max(1e-9, state.train_seconds),
+    )
