@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
@@ -18,9 +19,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        query, key, value = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(tokens)
+        # On a CPU the fused kernel's bf16 backward is slower than its float32 one (benchmarks/attention_cpu.py).
+        slow_bf16 = qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu"
+        query, key, value = (qkv.float() if slow_bf16 else qkv).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=self.attn_drop if self.training else 0.0)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        return self.proj(mixed.transpose(1, 2).flatten(2).to(qkv.dtype))
 
 
 class TransformerBlock(nn.Module):
