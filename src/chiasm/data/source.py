@@ -1,0 +1,244 @@
+"""One description of data for all verbs: what `open_data` returns, and how a data set is named.
+
+photos/                            folder: class sub-folders, or train/ and val/ with class sub-folders (folder.py)
+photos.csv                         columns path,label[,split]                                           (table.py)
+scenes[:key=value,...]             built-in generated images, no network                                (scenes.py)
+torchvision:NAME[:key=value,...]   a public set through torchvision.datasets                               (hub.py)
+hf:NAME                            a data set of the HF hub, or a local folder of one                      (hub.py)
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from torch import Tensor
+
+from chiasm.errors import DataError, UnknownNameError
+
+TRAIN, VAL, TEST = "train", "val", "test"
+
+# Every name that is understood for a split, as a folder or in a column.
+SPLIT_NAMES = {
+    "train": TRAIN,
+    "training": TRAIN,
+    "val": VAL,
+    "valid": VAL,
+    "validation": VAL,
+    "test": TEST,
+    "testing": TEST,
+}
+
+
+class Split:
+    """Labelled images that are read one by one.
+
+    Attributes:
+        sources: per image its path, or another name a person can find it by.
+        labels: per image the index of its class.
+    """
+
+    sources: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Tensor:
+        """Image `index` as (3, H, W) uint8 RGB.
+
+        Raises:
+            ImageError: when it cannot be read.
+        """
+        raise NotImplementedError
+
+    def subset(self, indices: Sequence[int]) -> Split:
+        """The images `indices` of this split, as a split."""
+        return Subset(self, indices)
+
+
+class Subset(Split):
+    """Some images of another split, in the order given."""
+
+    def __init__(self, whole: Split, indices: Sequence[int]) -> None:
+        self.whole = whole
+        self.indices = [int(i) for i in indices]
+        self.sources = [whole.sources[i] for i in self.indices]
+        self.labels = [whole.labels[i] for i in self.indices]
+
+    def read(self, index: int) -> Tensor:
+        return self.whole.read(self.indices[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageData:
+    """A data set: its classes and its splits.
+
+    Attributes:
+        name: short, fit for a file's name.
+        classes: class names in the order of the labels.
+        splits: by name; the usual ones are 'train', 'val' and 'test'.
+        notes: what a person should know but need not act on.
+        problems: what must be mended before training; `open_data` raises the first unless told otherwise.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = field(default=())
+
+    def split(self, name: str) -> Split:
+        """The split of that name.
+
+        Raises:
+            DataError: when there is none, naming those there are.
+        """
+        if name not in self.splits:
+            raise DataError(f"{self.name}: no split '{name}'; it has {', '.join(self.splits)}.")
+        return self.splits[name]
+
+
+def open_data(spec: str, *, val_fraction: float = 0.2, seed: int = 0, strict: bool = True) -> ImageData:
+    """Open a data set; no image is decoded yet, and nothing is downloaded but what `torchvision:` and `hf:` ask for.
+
+    Where there is a train split but no val split, val is split off from train: `val_fraction` of each class, drawn
+    with `seed`. A test split is left alone.
+
+    Args:
+        spec: see the top of this file.
+        val_fraction: 0..1, without the ends.
+        seed: of the split.
+        strict: raise the first of the data's problems; `chiasm data` looks at them all instead.
+
+    Raises:
+        DataError: a missing path, no images, one class only, an empty class, a class that only val has, ...
+        UnknownNameError: an unknown kind, name or option, with the nearest that exist.
+    """
+    if not 0 < val_fraction < 1:
+        raise DataError(f"val_fraction is {val_fraction}; expected a share between 0 and 1, such as 0.2.")
+    data = _dispatch(str(spec))
+    if VAL not in data.splits and TRAIN in data.splits:
+        train, val = hold_out(data.splits[TRAIN], val_fraction, seed)
+        others = {name: split for name, split in data.splits.items() if name != TRAIN}
+        note = f"val was split off from train: {val_fraction:.0%} of each class, seed {seed}"
+        data = replace(data, splits={TRAIN: train, VAL: val, **others}, notes=(*data.notes, note))
+    data = replace(data, problems=(*data.problems, *_class_problems(data)))
+    if strict and data.problems:
+        raise DataError(data.problems[0])
+    return data
+
+
+def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Divide a split in two, class by class: (the rest, `fraction` of each class).
+
+    A class of two or more images has at least one in each part; a single image stays in the first. Which images are
+    held out depends on `seed` and on the class's number of images only.
+    """
+    labels = np.asarray(split.labels, dtype=np.int64)
+    held = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held[np.random.default_rng([seed % 2**32, len(members)]).permutation(members)[:count]] = True
+    return split.subset(np.flatnonzero(~held).tolist()), split.subset(np.flatnonzero(held).tolist())
+
+
+def read_options(text: str, defaults: dict[str, Any] | None = None, *, what: str) -> dict[str, Any]:
+    """Parse `key=value,key=value`, where values are YAML (numbers, lists in brackets, words).
+
+    Args:
+        text: the options; may be empty.
+        defaults: the options there are; those given must have the type of their default. None: any option.
+        what: whose options they are, for errors.
+
+    Raises:
+        DataError, UnknownNameError: not of this form, of another type, or unknown.
+    """
+    try:
+        options = yaml.safe_load("{" + text.replace("=", ": ") + "}")
+    except yaml.YAMLError as error:
+        raise DataError(f"{what}:{text}: expected key=value,key=value after the colon.") from error
+    for key, value in options.items():
+        if value is None:
+            raise DataError(f"{what}:{text}: '{key}' has no value; expected {key}=value.")
+        if defaults is not None:
+            if key not in defaults:
+                raise UnknownNameError(f"option of {what}", str(key), defaults, f"It has {', '.join(defaults)}.")
+            if type(value) is not type(defaults[key]):
+                raise DataError(f"{what}: {key}={value}; expected {type(defaults[key]).__name__}.")
+    return {**(defaults or {}), **options}
+
+
+def _dispatch(spec: str) -> ImageData:
+    # Imports are here so that one kind of data does not load the libraries of the others.
+    kind, _, rest = spec.partition(":")
+    if kind == "scenes":
+        from chiasm.data.scenes import open_scenes
+
+        return open_scenes(rest)
+    if kind == "torchvision" and rest:
+        from chiasm.data.hub import open_torchvision
+
+        return open_torchvision(rest)
+    if kind == "hf" and rest:
+        from chiasm.data.hub import open_hf
+
+        return open_hf(rest)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        from chiasm.data.folder import open_folder
+
+        return open_folder(path)
+    if path.is_file():
+        if path.suffix.lower() in (".csv", ".tsv"):
+            from chiasm.data.table import open_table
+
+            return open_table(path)
+        raise DataError(f"{spec}: expected a folder of images or a CSV with the columns path,label; saw a file.")
+    raise _missing(spec, path)
+
+
+def _missing(spec: str, path: Path) -> DataError:
+    kinds = ["scenes", "torchvision:", "hf:"]
+    kind, colon, _ = spec.partition(":")
+    near = difflib.get_close_matches(kind + colon if colon else kind, kinds, n=1, cutoff=0.75)
+    if path.parent.is_dir():
+        try:
+            siblings = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+        except OSError:
+            siblings = []
+        near += [str(path.parent / name) for name in difflib.get_close_matches(path.name, siblings, n=2)]
+    suggestion = f"; did you mean {' or '.join(near)}?" if near else "."
+    return DataError(
+        f"{spec}: no such folder or file{suggestion} Data is a folder of images, a CSV, "
+        "scenes, torchvision:NAME or hf:NAME."
+    )
+
+
+def _class_problems(data: ImageData) -> Iterator[str]:
+    if not data.splits or not any(len(split) for split in data.splits.values()):
+        return
+    if len(data.classes) < 2:
+        yield f"{data.name}: one class only ('{data.classes[0]}'); a classifier needs images of two or more classes."
+    if TRAIN not in data.splits:
+        return
+    trained = set(data.splits[TRAIN].labels)
+    for name, split in data.splits.items():
+        if strangers := sorted(set(split.labels) - trained):
+            names = ", ".join(data.classes[label] for label in strangers)
+            yield (
+                f"{data.name}: {name} has classes that train has not: {names}; "
+                "add training images of them or take them out."
+            )
+
+
+def as_name(text: str | os.PathLike[str]) -> str:
+    """A short name for a data set, made of letters, digits, dots, dashes and underscores of any script."""
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(text).name).strip("-.") or "data"
