@@ -1,0 +1,158 @@
+"""Bad input is normal input: each row is one clear line on stderr and a non-zero exit, never a traceback.
+
+The odd images themselves have a table of their own in test_bad_images.py.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import chiasm
+from chiasm.cli import main
+
+NANO = "conformer_nano_patch4_32"
+
+
+def _folder(root: Path, classes: dict[str, int], split: str = "") -> str:
+    for name, count in classes.items():
+        folder = root / "photos" / split / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (40, 32), (40 * i % 256, 90, 20)).save(folder / f"image {i} ü.png")
+    return str(root / "photos")
+
+
+def _write(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+def _weights(root: Path, name: str) -> str:
+    path = root / "weights.pth"
+    torch.save({"model": chiasm.create_model(name, num_classes=7).state_dict()}, path)
+    return str(path)
+
+
+class _Payload:
+    """Unpickling this would leave a file behind."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.marker,))
+
+
+def _hostile(root: Path) -> str:
+    with open(root / "hostile.pth", "wb") as file:
+        pickle.dump({"model": _Payload(root / "executed")}, file)
+    return str(root / "hostile.pth")
+
+
+TRAIN = ["--model", NANO, "--epochs", "1", "--workers", "0"]
+
+# what is wrong -> (the command's words, made in a fresh folder; what its one line must say)
+TABLE: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
+    "unknown verb": (lambda tmp: ["trian"], ["trian", "did you mean train"]),
+    "unknown option": (lambda tmp: ["train", "scenes", "--epoch", "3"], ["--epoch", "--epochs"]),
+    "option of the wrong type": (lambda tmp: ["train", "scenes", "--epochs", "many"], ["--epochs", "int", "many"]),
+    "unknown choice": (lambda tmp: ["train", "scenes", "--recipe", "fintune"], ["fintune", "finetune"]),
+    "nothing to train on": (lambda tmp: ["train"], ["what to train on"]),
+    "settings are missing": (lambda tmp: ["train", "--config", str(tmp / "no.yaml")], ["no.yaml", "No such file"]),
+    "settings are not YAML": (
+        lambda tmp: ["train", "--config", _write(tmp / "a.yaml", b"a: [1\nb: {")],
+        ["a.yaml", "not YAML"],
+    ),
+    "settings have an unknown key": (
+        lambda tmp: ["train", "scenes", "--config", _write(tmp / "a.yaml", b"epoch: 3")],
+        ["a.yaml", "epoch", "epochs"],
+    ),
+    "settings have a wrong type": (
+        lambda tmp: ["train", "scenes", "--config", _write(tmp / "a.yaml", b"epochs: many")],
+        ["a.yaml", "epochs", "many"],
+    ),
+    "data path is missing": (lambda tmp: ["train", str(tmp / "nowhere"), *TRAIN], ["nowhere"]),
+    "data name is misspelt": (lambda tmp: ["train", "scense", *TRAIN], ["scense", "scenes"]),
+    "folder without images": (lambda tmp: ["train", str(tmp), *TRAIN], [""]),
+    "one class": (lambda tmp: ["train", _folder(tmp, {"cat": 4}), *TRAIN], ["class", "cat"]),
+    "empty class folder": (lambda tmp: ["train", _folder(tmp, {"cat": 4, "dog": 0}), *TRAIN], ["dog"]),
+    "unknown model": (
+        lambda tmp: ["train", "scenes:size=32,count=32,val=16", "--model", "conformer_nano_patch4_23"],
+        ["conformer_nano_patch4_23", NANO],
+    ),
+    "unknown model argument": (
+        lambda tmp: ["train", "scenes:size=32,count=32,val=16", *TRAIN, "--model-args", "{couplng: none}"],
+        ["couplng"],
+    ),
+    "unknown model option": (
+        lambda tmp: ["train", "scenes:size=32,count=32,val=16", *TRAIN, "--model-args", "{coupling: non}"],
+        ["non", "none"],
+    ),
+    "image smaller than a patch": (
+        lambda tmp: ["train", "scenes:size=32,count=32,val=16", *TRAIN, "--image-size", "2"],
+        ["2", "4 px"],
+    ),
+    "weights of another model": (
+        lambda tmp: ["train", "scenes:size=32,count=32,val=16", *TRAIN, "--weights", _weights(tmp, "test_resnet")],
+        ["weights.pth"],
+    ),
+    "weights that run code": (
+        lambda tmp: ["train", "scenes:size=32,count=32,val=16", *TRAIN, "--weights", _hostile(tmp)],
+        ["hostile.pth"],
+    ),
+    "weights are missing": (
+        lambda tmp: ["train", "scenes:size=32,count=32,val=16", *TRAIN, "--weights", str(tmp / "no.pth")],
+        ["no.pth"],
+    ),
+    "resume what is no run": (lambda tmp: ["train", "--resume", str(tmp)], [""]),
+    "out holds another run": (
+        lambda tmp: ["train", "scenes:size=32,count=32,val=16", *TRAIN, "--out", str(Path(_write(tmp / "f", b"")))],
+        ["f"],
+    ),
+    "model file is missing": (lambda tmp: ["predict", str(tmp / "no.safetensors"), "x.png"], ["no.safetensors"]),
+    "model file is cut": (
+        lambda tmp: ["predict", _write(tmp / "cut.safetensors", b"\x80\x00\x00"), "x.png"],
+        ["cut.safetensors"],
+    ),
+    "model file is a text": (
+        lambda tmp: ["predict", _write(tmp / "page.safetensors", b"<!doctype html>" * 99), "x.png"],
+        ["page.safetensors"],
+    ),
+    "model file is a checkpoint": (lambda tmp: ["predict", _weights(tmp, NANO), "x.png"], ["weights.pth"]),
+    "unknown architecture": (lambda tmp: ["describe", "conformer_tiny_patch16_242"], ["conformer_tiny_patch16_224"]),
+    "no image there": (lambda tmp: ["predict", NANO, str(tmp / "none" / "*.png")], ["none"]),
+    "folder of no images": (lambda tmp: ["predict", NANO, str(tmp)], [""]),
+    "evaluate on other classes": (
+        lambda tmp: ["evaluate", NANO, _folder(tmp, {"cat": 2, "dog": 2}, "val"), "--out", str(tmp / "out")],
+        ["class"],
+    ),
+    "unknown split": (
+        lambda tmp: ["evaluate", NANO, "scenes:size=32,count=8,val=8", "--split", "vall", "--out", str(tmp / "out")],
+        ["vall", "val"],
+    ),
+    "check of a missing path": (lambda tmp: ["data", str(tmp / "nowhere")], ["nowhere"]),
+    "describe too small an image": (lambda tmp: ["describe", NANO, "--image-size", "2"], ["4 px"]),
+}
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_bad_input_is_one_clear_line(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, expected = TABLE[case]
+    home = tmp_path / "ordner mit ümlaut"
+    home.mkdir()
+    argv = words(home)
+    monkeypatch.chdir(home)
+    code = main(argv)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("chiasm: ")]
+    assert code == 2, (code, lines)
+    assert len(lines) == 1, lines
+    assert not [text for text in expected if text not in lines[0]], lines[0]
+    assert not (home / "executed").exists(), "code from the file was run"

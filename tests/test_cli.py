@@ -1,0 +1,85 @@
+"""The command line: every field is a flag, YAML goes in and out, flags win over files and files over recipes."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from chiasm.cli import VERBS, main
+from chiasm.config import RECIPES, TrainConfig
+from chiasm.errors import ChiasmError, UnknownNameError
+
+
+def _settings(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    assert main([*words, "--print-config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_every_setting(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    for item in fields(VERBS[verb][0]):
+        shown = item.name.upper() if item.metadata.get("positional") else f"--{item.name.replace('_', '-')}"
+        assert shown in text
+        assert " ".join(item.metadata["help"].split()[:2]) in " ".join(text.split())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_printed_settings_read_back_the_same(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = _settings(capsys, verb)
+    assert set(printed) == {f.name for f in fields(VERBS[verb][0])}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(printed))
+    assert _settings(capsys, verb, "--config", str(tmp_path / "settings.yaml")) == printed
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_set_what_their_table_says_and_flags_win(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = _settings(capsys, "train", "photos", "--recipe", recipe, "--lr", "0.123")
+    for name, value in (RECIPES[recipe] | {"lr": 0.123}).items():
+        assert printed[name] == value
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("recipe: quick\nepochs: 7\nlr: 0.5\ncache: false\nfreeze: [stem]\n")
+    printed = _settings(capsys, "train", "photos", "--config", str(path), "--lr", "0.25")
+    assert (printed["epochs"], printed["lr"], printed["mixup"]) == (7, 0.25, RECIPES["quick"]["mixup"])
+    assert printed["cache"] is False
+    assert printed["freeze"] == ["stem"]
+
+
+def test_switches_lists_and_mappings(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "photos", "--no-cache", "--compile", "--loggers", "tensorboard", "wandb", "--freeze", "stem", "blocks.0"]
+    printed = _settings(capsys, *words, "--model-args", "{coupling: none, depth: 9}", "--ema", "0.99")
+    assert (printed["cache"], printed["compile"], printed["ema"]) == (False, True, 0.99)
+    assert printed["loggers"] == ["tensorboard", "wandb"]
+    assert printed["freeze"] == ["stem", "blocks.0"]
+    assert printed["model_args"] == {"coupling": "none", "depth": 9}
+
+
+def test_positionals_take_many_values(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = _settings(capsys, "predict", "model.safetensors", "a.png", "b c.png", "--top", "2")
+    assert (printed["model"], printed["images"], printed["top"]) == ("model.safetensors", ["a.png", "b c.png"], 2)
+
+
+def test_python_keywords_are_the_flags() -> None:
+    assert TrainConfig.from_flags(data="photos", recipe="quick", epochs=3).epochs == 3
+    with pytest.raises(UnknownNameError, match="did you mean epochs"):
+        TrainConfig.from_flags(data="photos", epoch=3)
+    with pytest.raises(UnknownNameError, match="did you mean quick"):
+        TrainConfig.from_flags(data="photos", recipe="quik")
+    with pytest.raises(ChiasmError, match="what to train on"):
+        TrainConfig.from_flags()
+
+
+def test_version_and_help_without_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {verb}" in text for verb in VERBS)
