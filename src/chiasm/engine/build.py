@@ -69,7 +69,7 @@ def build_model(config: TrainConfig, classes: int, *, load: bool = True) -> tupl
     return model.to(memory_format=torch.channels_last), optional | config.model_args, loaded
 
 
-def _checkpoint_gradients(model: nn.Module, name: str) -> None:
+def _checkpoint_gradients(model: Any, name: str) -> None:
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:

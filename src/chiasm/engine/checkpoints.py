@@ -18,7 +18,7 @@ from chiasm.engine.interrupt import Interrupt
 from chiasm.engine.module import STATE_KEY, Training
 from chiasm.engine.run_folder import RunFolder
 from chiasm.engine.state import Stopwatch
-from chiasm.errors import CheckpointError, TrainingError
+from chiasm.errors import CheckpointError, ModelFileError, TrainingError
 from chiasm.model_file import ModelInfo, save_model
 
 
@@ -45,9 +45,8 @@ class AtomicCheckpointIO(CheckpointIO):
             part.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             kept = "the previous checkpoint is intact" if target.exists() else "there is no earlier checkpoint"
-            run = target.parent.parent
-            raise TrainingError(
-                f"{target}: cannot write the checkpoint ({reason}); {kept}. Make room, then: chiasm train --resume {run}"
+            raise _no_room(
+                f"{target}: cannot write the checkpoint ({reason}); {kept}.", target.parent.parent
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
@@ -119,7 +118,10 @@ class Checkpoints(Checkpoint):
         state = pl_module.state
         if state.best_epoch == state.epoch:
             if trainer.is_global_zero:
-                save_model(self.run.model, pl_module.evaluated.model, self.info)
+                try:
+                    save_model(self.run.model, pl_module.evaluated.model, self.info)
+                except ModelFileError as error:
+                    raise _no_room(str(error), self.run.path) from error
             self._save(trainer, self.run.best)
             if trainer.is_global_zero:
                 _same_file(self.run.best, self.run.last)
@@ -149,6 +151,10 @@ def _any_process(trainer: pl.Trainer, module: pl.LightningModule, *flags: bool) 
         return list(flags)
     values = torch.tensor(flags, dtype=torch.float32, device=module.device)
     return [bool(value) for value in trainer.strategy.reduce(values, reduce_op="max")]
+
+
+def _no_room(what: str, run: Path) -> TrainingError:
+    return TrainingError(f"{what} Make room, then: chiasm train --resume {run}")
 
 
 def _same_file(source: Path, target: Path) -> None:

@@ -24,7 +24,7 @@ from chiasm.engine.loggers import make_loggers
 from chiasm.engine.module import Training
 from chiasm.engine.progress import Show
 from chiasm.engine.run_folder import RunFolder
-from chiasm.engine.shards import Shard
+from chiasm.engine.shards import own_padded_share, own_share
 from chiasm.engine.state import RunState, Stopwatch
 from chiasm.errors import ChiasmError, DataError, TrainingError
 from chiasm.model_file import ModelInfo
@@ -70,9 +70,8 @@ def fit(
         train, val = data.splits["train"], data.splits["val"]
         val_images = len(val)
         if trainer.world_size > 1:
-            train = Shard(train, trainer.global_rank, trainer.world_size, pad=False)
-            val = Shard(val, trainer.global_rank, trainer.world_size, pad=True)
-            val_images = val.real
+            train = own_share(train, trainer.global_rank, trainer.world_size)
+            val, val_images = own_padded_share(val, trainer.global_rank, trainer.world_size)
         if len(train) < config.batch_size:
             each = f" for each of {trainer.world_size} processes" if trainer.world_size > 1 else ""
             raise DataError(
@@ -99,9 +98,8 @@ def fit(
             task.compile()
         try:
             trainer.fit(module, ckpt_path=str(run.last) if resume else None, weights_only=True)
-        except TrainingError as error:
-            kept = f" The last good checkpoint is kept: {run.last}" if run.last.exists() else ""
-            raise TrainingError(f"{error}{kept}") from error
+        except ChiasmError:
+            raise
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise
@@ -110,7 +108,7 @@ def fit(
                 f"chiasm train --resume {run.path}"
             ) from error
         except Exception as error:
-            # A signal to the whole process group also ends the workers that read images, which is then the failure seen.
+            # A signal to the whole process group also ends the workers that read images: then that is what fails.
             if interrupt.received is None:
                 raise
             raise interrupt.error(f"to go on from the last checkpoint: chiasm train --resume {run.path}") from error
@@ -149,7 +147,7 @@ def _precision(config: TrainConfig) -> Any:
     gpu = config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     if config.precision == "auto":
         return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
-    if config.precision == "16" and config.accelerator == "cpu" or config.precision == "16" and not _has_accelerator():
+    if config.precision == "16" and (config.accelerator == "cpu" or not _has_accelerator()):
         raise ChiasmError("precision 16 needs a GPU; use --precision bf16 or 32 on a CPU.")
     return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[config.precision]
 

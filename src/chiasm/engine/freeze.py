@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -54,7 +55,7 @@ def _prefixes(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)))
 
 
-def _head_parameters(model: nn.Module) -> set[int]:
+def _head_parameters(model: Any) -> set[int]:
     heads = model.get_classifier()
     heads = list(heads.values()) if isinstance(heads, dict) else heads
     heads = heads if isinstance(heads, (list, tuple)) else [heads]

@@ -22,8 +22,9 @@ def make_loggers(config: TrainConfig, run: RunFolder, purge_from: int) -> list[L
         if name == "tensorboard":
             from pytorch_lightning.loggers import TensorBoardLogger
 
-            purge = {"purge_step": purge_from} if purge_from else {}
-            loggers.append(TensorBoardLogger(save_dir=str(run.path), name="", version="tensorboard", **purge))
+            loggers.append(
+                TensorBoardLogger(save_dir=str(run.path), name="", version="tensorboard", purge_step=purge_from or None)
+            )
         elif name == "wandb":
             if find_spec("wandb") is None:
                 raise ChiasmError("wandb is not installed; pip install 'chiasm[wandb]', or leave it out of --loggers.")

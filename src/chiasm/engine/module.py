@@ -148,11 +148,12 @@ class Training(pl.LightningModule):
             raise self.diverged(f"the weights are no longer finite in epoch {self.state.epoch + 1}")
 
     def diverged(self, what: str) -> TrainingError:
+        """The error for numbers that are no longer finite, with what to try."""
         rate = self.schedule.rate(max(0, self.state.updates - 1), self.time_share)
         advice = "lower --lr, set --clip-grad 1 or lengthen --warmup-epochs"
         if self.config.precision == "16":
             advice += ", or use --precision bf16 or 32"
-        return TrainingError(f"{what} (learning rate {rate:.2g}); to try: {advice}.")
+        return TrainingError(f"{what} (learning rate {rate:.2g}); what was saved before is kept. To try: {advice}.")
 
     def _time_share(self, budget: float) -> float:
         """The share of the time budget that is spent, the same in all processes; time to validate is set aside."""
@@ -249,8 +250,8 @@ class Training(pl.LightningModule):
                 f"give --devices {self.state.world_size}."
             )
         self.watch = Stopwatch(self.state.seconds + self.watch.seconds)
-        progress = self.trainer.fit_loop.epoch_progress.current
-        progress.processed = progress.completed = self.state.epoch
+        done = dict.fromkeys(("ready", "started", "processed", "completed"), self.state.epoch)
+        self.trainer.fit_loop.epoch_progress.current.load_state_dict(done)
 
 
 class _Epoch:

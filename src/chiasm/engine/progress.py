@@ -34,7 +34,7 @@ class Show(Callback):
         if trainer.is_global_zero and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
             self._bar = Progress(*columns, TextColumn("{task.fields[left]}"), console=self.console, transient=True)
-            self._task = self._bar.add_task("training", total=1.0, completed=self._before, left="")
+            self._task = self._bar.add_task("training", total=1.0, left="")
             self._bar.start()
 
     def on_train_batch_end(

@@ -67,7 +67,7 @@ class RunFolder:
                 run._refuse_occupied()
                 run.path.mkdir(parents=True, exist_ok=True)
             else:
-                run = cls._next_free(f"{_plain(data_name)}-{_plain(config.model)}")
+                run = cls._next_free(re.sub(r"[^\w.]+", "-", f"{data_name}-{config.model}"))
             run.last.parent.mkdir()
             run._write(run.config, config.to_yaml())
         except OSError as error:
@@ -162,8 +162,3 @@ def _known(path: os.PathLike[str], settings: dict[str, Any]) -> dict[str, Any]:
         if name not in names:
             raise UnknownNameError("option", name, names, f"It stands in {path}.")
     return settings
-
-
-def _plain(name: str) -> str:
-    """A name fit for a folder: letters, digits, dots, dashes."""
-    return re.sub(r"[^\w.]+", "-", Path(name).name or name).strip("-.") or "data"

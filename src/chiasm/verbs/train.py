@@ -103,7 +103,7 @@ def _train(config: TrainConfig, run: RunFolder | None, watch: Any, interrupt: An
     from chiasm.model_file import ModelInfo, preprocess_of
     from chiasm.tasks.classify import Classify
 
-    first = rank_zero_only.rank == 0
+    first = getattr(rank_zero_only, "rank", 0) == 0
     console.quiet = not first
     new = run is None
     resume = run is not None and run.last.exists()
@@ -139,10 +139,12 @@ def _train(config: TrainConfig, run: RunFolder | None, watch: Any, interrupt: An
     state.data = fingerprint
     train_images, val_images = len(data.splits["train"]), len(data.splits["val"])
     parameters = sum(value.numel() for value in model.parameters())
-    begin = f"from epoch {state.epoch + 1}, batch {state.batch}" if resume else "from the start"
+    height, width = preprocess.size
+    begin = f"going on after epoch {state.epoch}, batch {state.batch}" if resume else "from the start"
     console.print(
-        f"{config.model} ({parameters / 1e6:.1f}M parameters, {preprocess.size[0]}x{preprocess.size[1]} px) on {data.name}: "
-        f"{train_images} training and {val_images} validation images, {len(data.classes)} classes; {begin} -> {run.path}",
+        f"{config.model} ({parameters / 1e6:.1f}M parameters, {height}x{width} px) on {data.name}: "
+        f"{train_images} training and {val_images} validation images, {len(data.classes)} classes; "
+        f"{begin}, in {run.path}",
         highlight=False,
     )
     interrupt.hint = f"nothing new was trained. To go on: chiasm train --resume {run.path}"
@@ -221,11 +223,6 @@ def _check_data(data: ImageData) -> None:
     for name in ("train", "val"):
         if name not in data.splits or not len(data.splits[name]):
             raise DataError(f"{data.name}: no {name} images; see 'chiasm data' for what is there.")
-    present = sorted(set(data.splits["train"].labels))
-    if len(present) < 2:
-        raise DataError(
-            f"{data.name}: all training images are of one class ({data.classes[present[0]]}); at least two are needed."
-        )
 
 
 def _fingerprint(data: ImageData) -> str:
