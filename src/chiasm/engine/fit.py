@@ -90,7 +90,13 @@ def fit(
                 workers=config.workers,
                 cache=config.cache,
             ),
-            eval_loader(val, eval_transform(preprocess), batch_size=config.batch_size, workers=config.workers),
+            eval_loader(
+                val,
+                eval_transform(preprocess),
+                batch_size=config.batch_size,
+                workers=config.workers,
+                cache=config.cache,
+            ),
             val_images,
             watch,
         )
@@ -139,7 +145,7 @@ def _make_trainer(config: TrainConfig, **parts: Any) -> pl.Trainer:
             enable_model_summary=False,
             **parts,
         )
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
+    except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
         raise ChiasmError(f"this machine cannot train so: {' '.join(str(error).split())}") from error
 
 

@@ -240,6 +240,7 @@ class Training(pl.LightningModule):
         # Lightning's own account of a half-done epoch repeats or skips batches depending on the hook it was taken in;
         # ours says where to go on, and Lightning is started at the beginning of an epoch that is that much shorter.
         checkpoint.pop("loops", None)
+        checkpoint |= {"epoch": self.state.epoch, "global_step": self.state.updates}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         world_size = self.state.world_size

@@ -215,8 +215,8 @@ def _check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is None and name in optional:
             continue
-        if not low <= value <= high:
-            raise ChiasmError(f"{name} is {value}: expected {low:g} to {high:g}.")
+        if not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ChiasmError(f"{name} is {value!r}: expected a number from {low:g} to {high:g}.")
 
 
 def _check_data(data: ImageData) -> None:
