@@ -1,17 +1,21 @@
 """Classification: what goes in is an image, what comes out is one label.
 
-The only file that knows what a class is: the loss of the branches, the decoding of logits, the metrics.
+The loss of the branches and the decoding of logits are here, the metrics in classify_metrics.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chiasm.results import Classification
+
+if TYPE_CHECKING:
+    from chiasm.tasks.classify_metrics import ClassificationMetrics
 
 
 class Classify(nn.Module):
@@ -75,6 +79,12 @@ class Classify(nn.Module):
             )
             for i, source in enumerate(sources)
         ]
+
+    def metrics(self) -> ClassificationMetrics:
+        """What collects results of `decode` with their true classes and scores them."""
+        from chiasm.tasks.classify_metrics import ClassificationMetrics  # torchmetrics: predicting does without
+
+        return ClassificationMetrics(self.labels)
 
 
 def mean_logits(outputs: dict[str, Tensor]) -> Tensor:
