@@ -6,9 +6,12 @@ Torch is not imported here, so `chiasm --help` is instant.
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from types import UnionType
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -35,6 +38,35 @@ def default_of(item: Field) -> Any:
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """`value` as the kind of its field. A path is a text, one item a list of one, and YAML's '1e-3', a text to YAML,
+    a number."""
+    origin, options = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        if str(value) not in options:
+            raise UnknownNameError(name, str(value), options, f"It is one of {', '.join(options)}.")
+        return str(value)
+    if origin is UnionType:
+        return (
+            None if value is None else _convert(name, value, next(kind for kind in options if kind is not type(None)))
+        )
+    if origin is list:
+        return [_convert(name, item, options[0]) for item in (value if isinstance(value, (list, tuple)) else [value])]
+    if origin is dict and isinstance(value, dict):
+        return dict(value)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, (str, os.PathLike, int)):
+        return str(value)
+    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            number = kind(float(value))
+            if number == float(value):
+                return number
+    expected = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    raise ChiasmError(f"{name} is {value!r}: expected {expected.get(kind, 'key: value pairs')}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """What all settings share: strict keys, YAML in and out."""
@@ -44,8 +76,8 @@ class Config:
         """Build from keyword arguments.
 
         Raises:
-            UnknownNameError: for a flag that does not exist, with the nearest that does.
-            ChiasmError: for a required flag that is missing.
+            UnknownNameError: for a flag or a choice that does not exist, with the nearest that does.
+            ChiasmError: for a required flag that is missing, or a value of another kind.
         """
         names = [f.name for f in fields(cls)]
         for name in flags:
@@ -54,7 +86,8 @@ class Config:
         for f in fields(cls):
             if f.name not in flags and default_of(f) is MISSING:
                 raise ChiasmError(f"'{f.name}' is needed: {f.metadata['help']}")
-        return cls(**flags)
+        kinds = get_type_hints(cls)
+        return cls(**{name: _convert(name, value, kinds[name]) for name, value in flags.items()})
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

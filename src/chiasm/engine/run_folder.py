@@ -6,15 +6,14 @@ import contextlib
 import csv
 import io
 import json
-import os
 import re
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from chiasm.config import TrainConfig, read_yaml
-from chiasm.errors import ChiasmError, ModelFileError, UnknownNameError
+from chiasm.errors import ChiasmError, ModelFileError
 
 # What may differ on resume: it changes how fast and where, not what comes out.
 FREE_ON_RESUME = frozenset({"resume", "data", "workers", "cache", "checkpoint_minutes", "loggers", "accelerator"})
@@ -86,7 +85,7 @@ class RunFolder:
         run = cls(Path(path))
         if not run.config.is_file():
             raise ModelFileError(f"{path}: not a run folder (no config.yaml there); --resume takes what --out made.")
-        return run, TrainConfig(**_known(run.config, read_yaml(run.config)))
+        return run, TrainConfig.from_flags(**read_yaml(run.config))
 
     def write_metrics(self, history: list[dict[str, float]]) -> None:
         """metrics.csv, whole: one line per completed epoch."""
@@ -144,21 +143,13 @@ def resumed_config(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
         ChiasmError: for a setting that would change the result.
     """
     own = saved.to_dict()
-    TrainConfig.from_flags(**given)  # names the nearest for an unknown one
-    changed = [name for name, value in given.items() if name not in FREE_ON_RESUME and value != own[name]]
+    now = TrainConfig.from_flags(**given).to_dict()
+    changed = [name for name in given if name not in FREE_ON_RESUME and now[name] != own[name]]
     if changed:
         name = changed[0]
         why = " (the learning rate is laid out over the whole run)" if name in ("epochs", "max_minutes") else ""
         raise ChiasmError(
-            f"{name} is {own[name]} in this run and cannot become {given[name]} on resume{why}; leave it out, or start "
+            f"{name} is {own[name]} in this run and cannot become {now[name]} on resume{why}; leave it out, or start "
             f"a new run from these weights with --weights."
         )
-    return TrainConfig(**own | {name: value for name, value in given.items() if name in FREE_ON_RESUME})
-
-
-def _known(path: os.PathLike[str], settings: dict[str, Any]) -> dict[str, Any]:
-    names = [item.name for item in fields(TrainConfig)]
-    for name in settings:
-        if name not in names:
-            raise UnknownNameError("option", name, names, f"It stands in {path}.")
-    return settings
+    return TrainConfig(**own | {name: now[name] for name in given if name in FREE_ON_RESUME})

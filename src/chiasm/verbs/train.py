@@ -178,8 +178,6 @@ def _train(config: TrainConfig, run: RunFolder | None, watch: Any, interrupt: An
 
 def _check(config: TrainConfig) -> None:
     """Settings that cannot be: each told with its range."""
-    if config.data is None:
-        raise ChiasmError("what to train on is needed: chiasm train DATA, or --resume RUN to go on with a run.")
     ranges: dict[str, tuple[float, float]] = {
         "epochs": (1, 1e6),
         "batch_size": (1, 1e6),
@@ -215,8 +213,8 @@ def _check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is None and name in optional:
             continue
-        if not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ChiasmError(f"{name} is {value!r}: expected a number from {low:g} to {high:g}.")
+        if not low <= value <= high:
+            raise ChiasmError(f"{name} is {value}: expected {low:g} to {high:g}.")
 
 
 def _check_data(data: ImageData) -> None:
