@@ -42,7 +42,9 @@ class Classification:
     def __post_init__(self) -> None:
         for name, values in {"probabilities": self.probabilities, **self.branches}.items():
             if values.shape != (len(self.labels),) or not self.labels:
-                raise ValueError(f"{name}: expected shape ({len(self.labels)},) with a class or more, saw {values.shape}")
+                raise ValueError(
+                    f"{name}: expected shape ({len(self.labels)},) with a class or more, saw {values.shape}"
+                )
             total = float(values.sum(dtype=np.float64))  # NaN fails the comparison as well
             if not (values.min() >= 0 and abs(total - 1) < 1e-3):
                 raise ValueError(f"{name}: expected values from 0 to 1 that sum to 1, saw a sum of {total:g}")
@@ -80,7 +82,8 @@ class Classification:
             "score": self.score,
             "top": [{"label": label, "score": score} for label, score in self.top(top)],
             "branches": {
-                name: {"label": self.votes[name], "score": float(values.max())} for name, values in self.branches.items()
+                name: {"label": self.votes[name], "score": float(values.max())}
+                for name, values in self.branches.items()
             },
             "agreement": self.agreement,
         }

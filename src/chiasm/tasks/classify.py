@@ -5,7 +5,7 @@ The loss of the branches and the decoding of logits are here, the metrics in cla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +30,7 @@ class Classify(nn.Module):
     """
 
     name = "classify"
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -47,9 +48,8 @@ class Classify(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, C, H, W) -> the logits (B, classes) of each branch by name; one named 'model' for one branch."""
-        if hasattr(self.model, "forward_branches"):
-            return self.model.forward_branches(images)
-        return {"model": self.model(images)}
+        branches: Callable[[Tensor], dict[str, Tensor]] | None = getattr(self.model, "forward_branches", None)
+        return {"model": self.model(images)} if branches is None else branches(images)
 
     def loss(self, outputs: dict[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
         """The mean over the branches of their cross-entropies, as 'loss', and each branch's own as 'loss/<branch>'.
