@@ -45,6 +45,7 @@ from chiasm.layers.attention import TransformerBlock
 from chiasm.layers.conv import Bottleneck, Stem
 from chiasm.layers.coupling import MapToTokens, Pool, TokensToMap, Upsample
 from chiasm.layers.tokens import map_to_tokens, pad_to_multiple, tokens_to_map
+from chiasm.models.checkpoints import Dialect, renamed_for
 
 Coupling = Literal["both", "map_to_tokens", "tokens_to_map", "none"]
 Branches = Literal["both", "conv", "tokens"]
@@ -216,7 +217,7 @@ class Conformer(nn.Module):
             cell = config.patch // config.stem_stride
             self.patch_embed = nn.Conv2d(config.stem_chs, config.dim, cell, cell)
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
-        rates = torch.linspace(0, drop_path_rate, config.depth).tolist()
+        rates = torch.linspace(0, drop_path_rate, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(self._block(i, rates[i], attn_drop_rate) for i in range(config.depth))
         # Without a head of its own (or one it shares) the tokens' last norm would have no gradient.
         reads_tokens = "tokens" in self.branches and config.supervision != "conv"
@@ -318,7 +319,7 @@ class Conformer(nn.Module):
         return x, torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], dim=1)
 
     def _step(self, block: nn.Module, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        run = block
+        run: Any = block
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             run = partial(checkpoint, block, use_reentrant=False)
         if self.branches == ("conv",):
@@ -462,8 +463,8 @@ SIZES = {
     "conformer_small_patch32_224": _sizes(32,    4,           64,       4,     384, 6,     12),
     "conformer_base_patch16_224":  _sizes(16,    4,           64,       6,     576, 9,     12),
     "conformer_nano_patch16_128":  _sizes(16,    4,           32,       4,     128, 4,     6),
-    "conformer_nano_patch8_64":    _sizes(8,     2,           32,       4,     128, 4,     6),
-    "conformer_nano_patch4_32":    _sizes(4,     1,           32,       4,     128, 4,     6),
+    "conformer_nano_patch8_64":    _sizes(8,     2,           16,       4,     128, 4,     6),
+    "conformer_nano_patch4_32":    _sizes(4,     1,           16,       4,     128, 4,     6),
 }  # fmt: skip
 
 
@@ -513,6 +514,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> Conformer:
         Conformer,
         name,
         pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         config=ConformerConfig(**options),
         **kwargs,
@@ -559,3 +561,52 @@ def conformer_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> Conform
 def conformer_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> Conformer:
     """For images of about 32 px, sized to train on a laptop's processor."""
     return _create("conformer_nano_patch4_32", pretrained, **kwargs)
+
+
+# -------------------------------------------------------------------------------------- names in published checkpoints
+
+_BLOCK = "conv_trans_{i+1}"  # the authors count blocks from 1
+
+_AUTHORS = (
+    # ours                     the authors'
+    ("stem.conv",              "conv1"),
+    ("stem.bn",                "bn1"),
+    ("patch_embed",            "trans_patch_conv"),
+    ("cls_token",              "cls_token"),
+    ("blocks.0.conv_in",       "conv_1"),
+    ("blocks.0.transformer",   "trans_1"),
+    ("blocks.{i}.conv_in",     f"{_BLOCK}.cnn_block"),
+    ("blocks.{i}.down.project", f"{_BLOCK}.squeeze_block.conv_project"),
+    ("blocks.{i}.down.norm",   f"{_BLOCK}.squeeze_block.ln"),
+    ("blocks.{i}.transformer", f"{_BLOCK}.trans_block"),
+    ("blocks.{i}.up.project",  f"{_BLOCK}.expand_block.conv_project"),
+    ("blocks.{i}.up.bn",       f"{_BLOCK}.expand_block.bn"),
+    ("blocks.{i}.conv_out",    f"{_BLOCK}.fusion_block"),
+    ("norm",                   "trans_norm"),
+    ("heads.conv",             "conv_cls_head"),
+    ("heads.tokens",           "trans_cls_head"),
+)  # fmt: skip
+_AUTHORS_PARTS = (("shortcut_conv", "residual_conv"), ("shortcut_bn", "residual_bn"))
+
+# Detectors built on the authors' code use these names behind 'backbone.', without the heads.
+DIALECTS = (
+    Dialect(name="the authors' names", starts=_AUTHORS, parts=_AUTHORS_PARTS),
+    Dialect(
+        name="OpenMMLab's names",
+        starts=tuple(
+            (ours, f"head.{theirs}" if ours.startswith("heads.") else f"backbone.{theirs}") for ours, theirs in _AUTHORS
+        ),
+        parts=(
+            *_AUTHORS_PARTS,
+            ("norm1", "ln1"),
+            ("norm2", "ln2"),
+            ("mlp.fc1", "ffn.layers.0.0"),
+            ("mlp.fc2", "ffn.layers.1"),
+        ),
+    ),
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A published checkpoint under our names, for timm's own loading (`pretrained=True`)."""
+    return renamed_for(model, state_dict)
