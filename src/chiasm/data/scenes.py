@@ -299,11 +299,9 @@ def _between(size: int, knots: int) -> np.ndarray:
 
 
 def _extents(masks: np.ndarray) -> np.ndarray:
-    """(N, S, S) bool -> (N, 4) float32: left, top, right, bottom; the last two exclusive."""
-    size = masks.shape[-1]
-    sides = []
-    for axis in (1, 2):  # over the rows: columns that are used; over the columns: rows
-        used = masks.any(axis=axis)
-        sides.append((used.argmax(axis=1), size - used[:, ::-1].argmax(axis=1)))
-    (left, right), (top, bottom) = sides
-    return np.stack([left, top, right, bottom], axis=1).astype(np.float32)
+    """(N, S, S) bool, none of them empty -> (N, 4) float32: left, top, right, bottom; the last two exclusive."""
+    boxes = []
+    for mask in masks:
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    return np.array(boxes, dtype=np.float32)
