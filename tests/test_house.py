@@ -15,7 +15,7 @@ import chiasm
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "chiasm"
 
-# From the top down. A file imports from floors below its own and from its own room; verbs do not import each other.
+# From the top down: a file imports from floors below its own, and from its own room.
 FLOORS = [
     {"__main__"},
     {"cli"},
@@ -55,9 +55,12 @@ def _rooms_imported(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_imports_go_down(path: Path) -> None:
     own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    # Verbs do not import each other; the demonstration alone is made of other verbs.
+    among_own = own != "verbs" or path.name == "demo.py"
     for room in _rooms_imported(path):
-        own_room = room == own and own != "verbs"
-        assert own_room or _floor(room) > _floor(own), f"{path.name} of '{own}' imports from '{room}'"
+        assert (room == own and among_own) or _floor(room) > _floor(own), (
+            f"{path.name} of '{own}' imports from '{room}'"
+        )
 
 
 def test_help_needs_no_torch() -> None:

@@ -14,10 +14,12 @@ from chiasm.errors import ChiasmError
 
 if TYPE_CHECKING:
     from chiasm.results import Classification
+    from chiasm.tasks.classify_metrics import Share
     from chiasm.verbs.evaluate import EvaluationResult
 
 MODEL = "conformer_nano_patch8_64"
 DATA = "scenes:size=64,count=4000,val=400"
+BRANCHES = {"conv": "convolution", "tokens": "Transformer"}
 PICTURE_ROWS, PICTURE_COLUMNS = 3, 6
 
 
@@ -75,23 +77,29 @@ def show(result: DemoResult, config: DemoConfig) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    measured = result.evaluation
-    table = Table(title="What came out, on images it has not seen")
+    scores = result.evaluation.scores
+    table = Table(title=f"What came out, on {scores.top1.count} images it has not seen")
     table.add_column("who answers")
     table.add_column("right", justify="right")
+    table.add_column("95 % interval", justify="right")
     table.add_row("guessing", f"{1 / result.classes:.0%}")
-    names = {
-        "conv": "the convolution branch alone (local texture)",
-        "tokens": "the Transformer branch alone (arrangement)",
-    }
-    for name, branch in measured.branches.items():
-        table.add_row(names.get(name, name), f"{branch.top1:.0%}")
-    table.add_row("both together (the model)", f"{measured.top1:.0%}", style="bold")
+    for branch in scores.branches:
+        table.add_row(f"the {BRANCHES[branch.name]} branch's head", *_percent(branch.top1))
+    table.add_row("the model (mean of both)", *_percent(scores.top1), style="bold")
+    if scores.agreement is not None:
+        table.add_row("  where both branches agree", *_percent(scores.agreement.when_agreed))
+        table.add_row("  where they do not", *_percent(scores.agreement.when_not))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(f"picture  {result.picture}\nreport   {result.report}\nrun      {result.run}")
     console.print("next     chiasm train YOUR-PHOTOS/    (one sub-folder per class)")
     return 0
+
+
+def _percent(share: Share) -> tuple[str, str]:
+    if share.value is None or share.interval is None:
+        return "no image", ""
+    return f"{share.value:.0%}", f"{share.interval[0]:.0%} to {share.interval[1]:.0%}"
 
 
 def _draw(images: list[Any], truths: list[str], answers: list[Classification], path: Path) -> None:
