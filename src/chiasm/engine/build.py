@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from chiasm.config import TrainConfig
+from chiasm.config import Preprocess, TrainConfig
 from chiasm.engine.freeze import freeze
 from chiasm.errors import ChiasmError
 from chiasm.models import create_model
@@ -67,6 +67,26 @@ def build_model(config: TrainConfig, classes: int, *, load: bool = True) -> tupl
         freeze(model, config.freeze)
     optional.pop("drop_path_rate", None)
     return model.to(memory_format=torch.channels_last), optional | config.model_args, loaded
+
+
+@torch.no_grad()
+def check_size(model: nn.Module, name: str, preprocess: Preprocess) -> None:
+    """Run one blank image through `model`, so that a size it cannot take is told before anything else happens.
+
+    Raises:
+        ChiasmError: with the architecture's own reason.
+    """
+    was_training = model.training
+    try:
+        model.eval()(torch.zeros(1, len(preprocess.mean), *preprocess.size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        height, width = preprocess.size
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise ChiasmError(
+            f"{name} cannot take images of {height}x{width} px ({reason}); choose another --image-size."
+        ) from error
+    finally:
+        model.train(was_training)
 
 
 def _checkpoint_gradients(model: Any, name: str) -> None:

@@ -43,10 +43,9 @@ class AtomicCheckpointIO(CheckpointIO):
         # PyTorch's zip writer turns some failed writes into RuntimeError.
         except (OSError, RuntimeError) as error:
             part.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             kept = "the previous checkpoint is intact" if target.exists() else "there is no earlier checkpoint"
             raise _no_room(
-                f"{target}: cannot write the checkpoint ({reason}); {kept}.", target.parent.parent
+                f"{target}: cannot write the checkpoint ({_reason(error)}); {kept}.", target.parent.parent
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
@@ -67,7 +66,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: not there, so there is nothing to resume; start the run anew.") from error
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}).") from error
+        raise CheckpointError(f"{path}: not a readable checkpoint ({_reason(error)}).") from error
     if not isinstance(checkpoint, dict) or STATE_KEY not in checkpoint:
         raise CheckpointError(f"{path}: not a checkpoint of a chiasm run.")
     return checkpoint
@@ -151,6 +150,11 @@ def _any_process(trainer: pl.Trainer, module: pl.LightningModule, *flags: bool) 
         return list(flags)
     values = torch.tensor(flags, dtype=torch.float32, device=module.device)
     return [bool(value) for value in trainer.strategy.reduce(values, reduce_op="max")]
+
+
+def _reason(error: Exception) -> str:
+    """In a few words of one line."""
+    return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _no_room(what: str, run: Path) -> TrainingError:

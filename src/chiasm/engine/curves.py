@@ -12,8 +12,8 @@ def draw_curves(history: list[dict[str, float]], path: Path) -> None:
 
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(history) < 20 else ""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    losses, scores = figure.subplots(1, 2)
+    figure = Figure(figsize=(9, 3.6))
+    losses, scores = figure.subplots(1, 2, gridspec_kw={"left": 0.07, "right": 0.98, "bottom": 0.14, "wspace": 0.2})
     for name, label in (("train_loss", "train"), ("val_loss", "val")):
         losses.plot(epochs, [row[name] for row in history], marker=marker, markersize=3, label=label)
     losses.set(xlabel="epoch", ylabel="loss")
@@ -30,5 +30,5 @@ def draw_curves(history: list[dict[str, float]], path: Path) -> None:
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, format="png", dpi=130)
+    figure.savefig(part, format="png", dpi=110)
     os.replace(part, path)

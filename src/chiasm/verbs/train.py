@@ -96,7 +96,7 @@ def _train(config: TrainConfig, run: RunFolder | None, watch: Any, interrupt: An
     from pytorch_lightning.utilities import rank_zero_only
 
     from chiasm.data import open_data
-    from chiasm.engine.build import build_model
+    from chiasm.engine.build import build_model, check_size
     from chiasm.engine.checkpoints import STATE_KEY, read_checkpoint
     from chiasm.engine.fit import fit
     from chiasm.engine.state import RunState
@@ -125,6 +125,7 @@ def _train(config: TrainConfig, run: RunFolder | None, watch: Any, interrupt: An
     if loaded:
         console.print(loaded, highlight=False)
     preprocess = preprocess_of(model, config.image_size)
+    check_size(model, config.model, preprocess)
     info = ModelInfo(
         architecture=config.model,
         model_args=model_args,
