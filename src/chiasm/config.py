@@ -238,6 +238,7 @@ class EvaluateConfig(Config):
     workers: int | None = _flag(None, "processes that read images; default: from the machine")
     device: str = _flag("auto", "auto, cpu, cuda, mps")
     out: str | None = _flag(None, "folder for report.html and metrics.json; default: evaluation/ beside the model")
+    gallery: int = _flag(24, "pictures in each gallery of the report; 0 keeps photographs out of it, to pass it on")
     format: Literal["table", "json"] = _flag("table", "what is printed")
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("chiasm.evaluate")
 
 ALL = "all"
-GALLERY = 24  # images in each gallery of the report
+LISTED = 24  # mistakes and disagreements that are named at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +176,8 @@ def evaluate(**flags: Any) -> EvaluationResult:
             ("device", str(predictor.device)),
             ("speed", f"{speed:.0f} images a second, reading included"),
         ],
-        mistakes=_illustrated(mistakes, split),
-        disagreements=_illustrated(disagreements, split),
+        mistakes=_illustrated(mistakes[: config.gallery], split),
+        disagreements=_illustrated(disagreements[: config.gallery], split),
         failures=failures,
         notes=notes,
         history=_history(run),
@@ -341,7 +341,7 @@ def _measure(
     transform = eval_transform(predictor.info.preprocess)
     loader = eval_loader(split, transform, batch_size=config.batch_size, workers=config.workers)
     metrics = predictor.task.metrics()
-    mistakes, disagreements = _Top(GALLERY), _Top(GALLERY)
+    mistakes, disagreements = _Top(max(LISTED, config.gallery)), _Top(max(LISTED, config.gallery))
     for images, _, places in _progress(loader, len(loader)):
         indices = places.tolist()
         results = predictor.classify(images, [split.sources[i] for i in indices])
