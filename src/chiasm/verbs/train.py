@@ -243,11 +243,10 @@ def _balanced(data: ImageData, torch: Any) -> Any:
 
 def _shared_run(config: TrainConfig, data_name: str, first: bool) -> RunFolder:
     """The folder of a new run: the first process makes it, the others are told."""
+    if config.out is None and (config.num_nodes > 1 or "TORCHELASTIC_RUN_ID" in os.environ):
+        raise ChiasmError("give --out: processes started by torchrun or on several machines need one run folder.")
     if not first:
-        path = os.environ.get(SHARED_RUN) or config.out
-        if path is None:
-            raise ChiasmError("give --out: processes started by torchrun or on several machines need one run folder.")
-        return RunFolder(Path(path))
+        return RunFolder(Path(config.out or os.environ[SHARED_RUN]))
     run = RunFolder.create(config, data_name)
     os.environ[SHARED_RUN] = str(run.path)
     return run
