@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,9 +132,7 @@ class Dialect:
 
     def _translate(self, key: str, source: int, target: int) -> str | None:
         for start in self.starts:
-            pattern = re.escape(start[source]).replace(r"\{i\}", r"(\d+)").replace(r"\{i\+1\}", r"(\d+)")
-            found = re.match(rf"{pattern}(?=\.|$)", key)
-            if found:
+            if found := _pattern(start[source]).match(key):
                 i = int(found[1]) - ("{i+1}" in start[source]) if found.groups() else 0
                 begin = start[target].replace("{i}", str(i)).replace("{i+1}", str(i + 1))
                 rest = key[found.end() :] + "."
@@ -141,6 +140,12 @@ class Dialect:
                     rest = rest.replace(f".{part[source]}.", f".{part[target]}.")
                 return begin + rest[:-1]
         return None
+
+
+@cache
+def _pattern(start: str) -> re.Pattern[str]:
+    """A key that begins with `start`, whose '{i}' or '{i+1}' is a number."""
+    return re.compile(re.sub(r"\\{i(\\\+1)?\\}", r"(\\d+)", re.escape(start)) + r"(?=\.|$)")
 
 
 def renamed_for(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -405,7 +410,7 @@ def _download(url: str) -> Path:
     except RuntimeError as error:
         raise CheckpointError(f"{url}: what was downloaded is damaged or another file ({error}); try again.") from error
     except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors
-        reason = getattr(error, "reason", None) or error
+        reason = str(error).strip("<>")
         raise CheckpointError(
             f"{url}: cannot be downloaded ({reason}). Without a network, copy the file here and give its path."
         ) from error
@@ -457,8 +462,8 @@ def _read_torch(path: Path, label: str, size: int, *, zipped: bool) -> Any:
                 "torch.save(c.get('model', c.get('state_dict', c)), 'weights.pth')\""
             ) from error
         reason = " ".join(str(error).split())[-120:]
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+    except Exception as error:  # damaged bytes, read as a pickle, fail in every way there is
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
     raise CheckpointError(f"{label}: not a complete checkpoint ({size} bytes, {reason}); download or copy it again.")
 
 
