@@ -83,7 +83,7 @@ def evaluation_page(
     if mistakes:
         page.section(
             "The most confident mistakes",
-            text("Wrong, and sure of it. Often the label, not the model, is to blame: these are worth a look first."),
+            text("Wrong, and sure of it: worth a look first, for some may be labelled wrongly."),
             gallery(_picture(item) for item in mistakes),
         )
     if disagreements:

@@ -118,9 +118,10 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, words: in
 
 def figure(drawing: Figure, caption: str) -> Html:
     """A figure with its caption, as vector graphics that follow the page's theme."""
-    width = drawing.get_figwidth() * 88  # pixels on the screen; narrower screens shrink or scroll it
+    widest, narrowest = (drawing.get_figwidth() * pixels for pixels in (88, 56))  # text stays legible: scroll beyond
     return Html(
-        f'<figure><div class="scroll"><div class="drawing" style="max-width:{width:.0f}px" role="img" '
+        f'<figure><div class="scroll"><div class="drawing" style="min-width:{narrowest:.0f}px;'
+        f'max-width:{widest:.0f}px" role="img" '
         f'aria-label="{escape(caption)}">{svg(drawing)}</div></div><figcaption>{escape(caption)}</figcaption></figure>'
     )
 
@@ -210,6 +211,7 @@ section>:last-child,section>:last-child>p:last-child{margin-bottom:0}
 .detail{color:var(--muted);font-size:.83rem;line-height:1.35}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:20px;align-items:start}
 .columns>div{min-width:0}
+.columns+.columns{margin-top:20px}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.92rem}
 th{text-align:left;color:var(--muted);font-weight:600}
@@ -217,7 +219,6 @@ th,td{padding:6px 12px 6px 0;border-bottom:1px solid var(--line);vertical-align:
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 figure{margin:0 0 12px}
 figcaption{color:var(--muted);font-size:.85rem;line-height:1.4;margin-top:6px;max-width:75ch}
-.drawing{min-width:300px}
 .drawing svg{display:block;width:100%;height:auto}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(145px,1fr));gap:16px 12px}
 .gallery img{width:100%;aspect-ratio:1;object-fit:contain;background:var(--page);border-radius:8px;display:block}

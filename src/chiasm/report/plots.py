@@ -31,8 +31,9 @@ PALETTE = {
     "vermilion": ("#d55e00", "#ff8c42"),
     "green": ("#009e73", "#2fcf9f"),
     "purple": ("#aa4499", "#e08fd0"),
+    "inverse": ("#fefefe", "#10161c"),  # on an area in one of the colours
 }
-INK, MUTED, LINE, BLUE, VERMILION, GREEN, PURPLE = (light for light, _ in PALETTE.values())
+INK, MUTED, LINE, BLUE, VERMILION, GREEN, PURPLE, INVERSE = (light for light, _ in PALETTE.values())
 # The model itself, then its branches in the order they come.
 VOTERS = (BLUE, VERMILION, GREEN, PURPLE)
 # Classes up to which each cell of a confusion matrix bears its number, and each row and column its name.
@@ -89,7 +90,7 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> Figure:
                 Rectangle((j - 0.47, i - 0.47), 0.94, 0.94, facecolor=colours[i][j], alpha=share, linewidth=0)
             )
             if number:
-                ink = "white" if share > 0.55 else INK
+                ink = INVERSE if share > 0.55 else INK
                 axes.text(j, i, str(number), ha="center", va="center", color=ink, fontsize=size)
         axes.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), aspect="equal")
     else:
@@ -117,7 +118,6 @@ def reliability(voters: Mapping[str, Calibration]) -> Figure:
     figure = Figure(figsize=(4.8, 4.8), layout="constrained")
     axes, counts = figure.subplots(2, 1, height_ratios=(4, 1), sharex=True)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle="--")
-    axes.annotate("as good as its word", (0.03, 0.1), color=MUTED, fontsize=8, rotation=0)
     for (name, calibration), colour in reversed(list(zip(voters.items(), VOTERS, strict=False))):
         points = [
             (stated, right, number)
@@ -148,7 +148,6 @@ def reliability(voters: Mapping[str, Calibration]) -> Figure:
     axes.yaxis.set_major_formatter("{x:.0%}")
     handles, names = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], names[::-1], frameon=False, labelcolor=INK, fontsize=8.5, loc="upper left")
-    axes.texts[0].set_visible(len(voters) < 3)
     return figure
 
 
@@ -159,7 +158,7 @@ def bars(rows: Sequence[tuple[str, Mapping[str, float | None]]], *, x: str) -> F
         rows: a name and its values by series, from the top down; None leaves the dot out.
         x: what the values are.
     """
-    figure = Figure(figsize=(6.4, 1.0 + 0.27 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(7.6, 1.0 + 0.27 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [_short(name) for name, _ in rows]
     for i, (_, values) in enumerate(rows):
