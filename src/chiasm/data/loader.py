@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -111,7 +112,8 @@ class _Loader:
             batch_sampler=_Keys(self),
             collate_fn=_as_is,
             num_workers=workers,
-            persistent_workers=workers > 0,
+            # Workers that outlive an epoch take seconds to end; only spawned ones, which import torch anew, are kept.
+            persistent_workers=workers > 0 and multiprocessing.get_start_method() != "fork",
             worker_init_fn=_start_worker,
             pin_memory=torch.cuda.is_available(),
         )
