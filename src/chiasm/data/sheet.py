@@ -69,7 +69,7 @@ def _thumbnails(data: ImageData, label: int, count: int, seed: int) -> list[Imag
 
 
 def _thumbnail(split: Split, index: int) -> Image.Image | None:
-    """The middle of the image, square; small images are enlarged by whole pixels' looks, not blurred."""
+    """The middle of the image, square; small images are enlarged without blurring; None when unreadable."""
     try:
         image = Image.fromarray(split.read(index).permute(1, 2, 0).numpy())
     except ImageError:
