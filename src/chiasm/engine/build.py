@@ -1,13 +1,14 @@
-"""The model to train: built for the data's classes, its weights loaded, parts of it frozen."""
+"""The model to train: built for the data's classes, weights loaded, parts frozen; and the weights of the classes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from chiasm.config import Preprocess, TrainConfig
+from chiasm.data import ImageData
 from chiasm.engine.freeze import freeze
 from chiasm.errors import ChiasmError
 from chiasm.models import create_model
@@ -67,6 +68,13 @@ def build_model(config: TrainConfig, classes: int, *, load: bool = True) -> tupl
         freeze(model, config.freeze)
     optional.pop("drop_path_rate", None)
     return model.to(memory_format=torch.channels_last), optional | config.model_args, loaded
+
+
+def balanced_weights(data: ImageData) -> Tensor:
+    """Per class (classes,) the inverse of its frequency, 1 on average over the training images; 0 without any."""
+    counts = torch.bincount(torch.tensor(data.splits["train"].labels), minlength=len(data.classes))
+    present = (counts > 0).sum()
+    return (counts > 0) * counts.sum() / (present * counts.clamp(min=1))
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import warnings
 from collections.abc import Iterator
@@ -26,12 +25,11 @@ from chiasm.engine.progress import Show
 from chiasm.engine.run_folder import RunFolder
 from chiasm.engine.shards import own_padded_share, own_share
 from chiasm.engine.state import RunState, Stopwatch
-from chiasm.errors import ChiasmError, DataError, TrainingError
+from chiasm.errors import ChiasmError, DataError
 from chiasm.model_file import ModelInfo
 from chiasm.tasks.classify import Classify
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def fit(
@@ -47,7 +45,7 @@ def fit(
     watch: Stopwatch,
     interrupt: Interrupt,
     console: Console,
-) -> Training:
+) -> None:
     """Train `task` to the end of its schedule, or on from `run.last` with `resume`; `state` tells how it went.
 
     Raises:
@@ -103,16 +101,10 @@ def fit(
         if config.compile:
             task.compile()
         try:
-            trainer.fit(module, ckpt_path=str(run.last) if resume else None, weights_only=True)
+            with run.told_when_full():
+                trainer.fit(module, ckpt_path=str(run.last) if resume else None, weights_only=True)
         except ChiasmError:
             raise
-        except OSError as error:
-            if error.errno not in FULL_DISK:
-                raise
-            raise TrainingError(
-                f"{error.filename or run.path}: cannot be written ({error.strerror}). Make room, then: "
-                f"chiasm train --resume {run.path}"
-            ) from error
         except Exception as error:
             # A signal to the whole process group also ends the workers that read images: then that is what fails.
             if interrupt.received is None:
@@ -120,7 +112,6 @@ def fit(
             raise interrupt.error(f"to go on from the last checkpoint: chiasm train --resume {run.path}") from error
         finally:
             interrupt.patient = False
-    return module
 
 
 def _make_trainer(config: TrainConfig, **parts: Any) -> pl.Trainer:

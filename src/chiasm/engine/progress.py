@@ -65,7 +65,7 @@ class Show(Callback):
         line += "  best" if state.best_epoch == state.epoch else ""
         if self._bar is None and not state.finished and (left := self._left(pl_module)):
             line += f"  ({left})"
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._close()

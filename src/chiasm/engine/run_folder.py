@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from chiasm.config import TrainConfig, read_yaml
-from chiasm.errors import ChiasmError, ModelFileError
+from chiasm.errors import ChiasmError, ModelFileError, TrainingError
+
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 # What may differ on resume: it changes how fast and where, not what comes out.
 FREE_ON_RESUME = frozenset({"resume", "data", "workers", "cache", "checkpoint_minutes", "loggers", "accelerator"})
@@ -96,11 +100,30 @@ class RunFolder:
             writer.writerows(history)
             self._write(self.metrics, text.getvalue())
 
+    def write_curves(self, history: list[dict[str, float]]) -> None:
+        """curves.png: losses and scores over the epochs, of which there is at least one."""
+        from chiasm.report.plots import curves, png
+
+        self._write(self.curves, png(curves(history)))
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         self._write(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
+    @contextlib.contextmanager
+    def told_when_full(self) -> Iterator[None]:
+        """Turns a full disk into a `TrainingError` that says how to go on."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            raise TrainingError(
+                f"{error.filename or self.path}: cannot be written ({error.strerror}). Make room, then: "
+                f"chiasm train --resume {self.path}"
+            ) from error
+
     def discard_unused(self) -> None:
-        """Take away the folder of a run that failed before its first checkpoint, so that its name is free again."""
+        """Take away the folder of a run that did not begin, so that its name is free again."""
         if not self.last.exists():
             self.config.unlink(missing_ok=True)
             shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
@@ -109,10 +132,10 @@ class RunFolder:
                     folder.rmdir()
 
     @staticmethod
-    def _write(path: Path, text: str) -> None:
+    def _write(path: Path, content: str | bytes) -> None:
         part = path.with_name(f".{path.name}.part")
         try:
-            part.write_text(text, encoding="utf-8")
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
             part.replace(path)
         except OSError:
             part.unlink(missing_ok=True)
@@ -137,12 +160,13 @@ class RunFolder:
 
 
 def resumed_config(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
-    """The settings of a run that goes on: its own, with what was `given` now where that changes no result.
+    """The settings of a run that goes on: its own, with what is `given` now (None is not) where that changes no result.
 
     Raises:
         ChiasmError: for a setting that would change the result.
     """
     own = saved.to_dict()
+    given = {name: value for name, value in given.items() if value is not None}
     now = TrainConfig.from_flags(**given).to_dict()
     changed = [name for name in given if name not in FREE_ON_RESUME and now[name] != own[name]]
     if changed:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chiasm.config import TrainConfig
+from chiasm.engine.checks import check_data, check_settings, fingerprint
 from chiasm.engine.run_folder import RunFolder, resumed_config
-from chiasm.errors import ChiasmError, DataError, InterruptedRunError
+from chiasm.errors import ChiasmError, DataError, InterruptedRunError, TrainingError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,14 +65,14 @@ def train(**flags: Any) -> TrainResult:
     from chiasm.engine.state import Stopwatch
 
     watch = Stopwatch()
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     run = None
     if flags.get("resume") is not None:
         run, saved = RunFolder.open(flags["resume"])
         config = resumed_config(saved, flags)
     else:
         config = TrainConfig.from_flags(**flags)
-    _check(config)
+    check_settings(config)
     with Interrupt() as interrupt:
         return _train(config, run, watch, interrupt, console)
 
@@ -81,7 +81,7 @@ def show(result: TrainResult, config: TrainConfig) -> int:
     """Print what came out; returns the exit code."""
     from rich.console import Console
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, markup=False, highlight=False)
     branches = ", ".join(f"{name} alone {value:.1%}" for name, value in result.branches.items())
     console.print(f"best val top-1 {result.top1:.1%} (epoch {result.best_epoch} of {result.epochs})", style="bold")
     if branches:
@@ -92,11 +92,10 @@ def show(result: TrainResult, config: TrainConfig) -> int:
 
 
 def _train(config: TrainConfig, run: RunFolder | None, watch: Any, interrupt: Any, console: Console) -> TrainResult:
-    import torch
     from pytorch_lightning.utilities import rank_zero_only
 
     from chiasm.data import open_data
-    from chiasm.engine.build import build_model, check_size
+    from chiasm.engine.build import balanced_weights, build_model, check_size
     from chiasm.engine.checkpoints import STATE_KEY, read_checkpoint
     from chiasm.engine.fit import fit
     from chiasm.engine.state import RunState
@@ -113,17 +112,17 @@ def _train(config: TrainConfig, run: RunFolder | None, watch: Any, interrupt: An
         state.restore(checkpoint[STATE_KEY])
         del checkpoint
         if state.finished and run.summary.exists():
-            console.print(f"{run.path} is finished: {state.epoch} epochs, nothing left to do.", highlight=False)
+            console.print(f"{run.path} is finished: {state.epoch} epochs, nothing left to do.")
             return _result(run, state)
     assert config.data is not None
     data = open_data(config.data, val_fraction=config.val_fraction, seed=config.seed)
-    _check_data(data)
-    fingerprint = _fingerprint(data)
-    if resume and state.data != fingerprint:
+    check_data(data)
+    seen = fingerprint(data)
+    if resume and state.data != seen:
         raise DataError(f"{config.data}: not the images this run was started on; put them back or start a new run.")
     model, model_args, loaded = build_model(config, len(data.classes), load=not resume)
     if loaded:
-        console.print(loaded, highlight=False)
+        console.print(loaded)
     preprocess = preprocess_of(model, config.image_size)
     check_size(model, config.model, preprocess)
     info = ModelInfo(
@@ -133,11 +132,11 @@ def _train(config: TrainConfig, run: RunFolder | None, watch: Any, interrupt: An
         preprocess=preprocess,
         data=config.data,
     )
-    weights = _balanced(data, torch) if config.class_weights == "balanced" else None
+    weights = balanced_weights(data) if config.class_weights == "balanced" else None
     task = Classify(model, data.classes, label_smoothing=config.label_smoothing, class_weights=weights)
     if run is None:
         run = _shared_run(config, data.name, first)
-    state.data = fingerprint
+    state.data = seen
     train_images, val_images = len(data.splits["train"]), len(data.splits["val"])
     parameters = sum(value.numel() for value in model.parameters())
     height, width = preprocess.size
@@ -145,10 +144,9 @@ def _train(config: TrainConfig, run: RunFolder | None, watch: Any, interrupt: An
     console.print(
         f"{config.model} ({parameters / 1e6:.1f}M parameters, {height}x{width} px) on {data.name}: "
         f"{train_images} training and {val_images} validation images, {len(data.classes)} classes; "
-        f"{begin}, in {run.path}",
-        highlight=False,
+        f"{begin}, in {run.path}"
     )
-    interrupt.hint = f"nothing new was trained. To go on: chiasm train --resume {run.path}"
+    interrupt.hint = f"to go on: chiasm train --resume {run.path}"
     if not state.finished:
         try:
             fit(
@@ -164,10 +162,9 @@ def _train(config: TrainConfig, run: RunFolder | None, watch: Any, interrupt: An
                 interrupt=interrupt,
                 console=console,
             )
-        except InterruptedRunError:
-            raise
-        except ChiasmError:
-            if new and first:
+        except ChiasmError as error:
+            # What failed in training can be resumed; what was asked wrongly leaves the name free.
+            if new and first and not isinstance(error, (TrainingError, InterruptedRunError)):
                 run.discard_unused()
             raise
         finally:
@@ -175,70 +172,6 @@ def _train(config: TrainConfig, run: RunFolder | None, watch: Any, interrupt: An
     if first:
         _finish(run, config, state, parameters, data)
     return _result(run, state)
-
-
-def _check(config: TrainConfig) -> None:
-    """Settings that cannot be: each told with its range."""
-    ranges: dict[str, tuple[float, float]] = {
-        "epochs": (1, 1e6),
-        "batch_size": (1, 1e6),
-        "accumulate": (1, 1e6),
-        "val_fraction": (0.0, 0.9),
-        "label_smoothing": (0.0, 0.99),
-        "mix_probability": (0.0, 1.0),
-        "mixup": (0.0, 100.0),
-        "cutmix": (0.0, 100.0),
-        "random_erasing": (0.0, 1.0),
-        "crop_scale": (0.001, 1.0),
-        "rand_augment": (0, 30),
-        "flip": (0.0, 1.0),
-        "drop_path": (0.0, 0.99),
-        "lr": (1e-12, 1e6),
-        "min_lr": (0.0, 1e6),
-        "warmup_epochs": (0.0, 1e6),
-        "weight_decay": (0.0, 1e6),
-        "momentum": (0.0, 0.99999),
-        "early_stopping": (0, 1e6),
-        "num_nodes": (1, 1e6),
-        "checkpoint_minutes": (0.0, 1e6),
-    }
-    optional: dict[str, tuple[float, float]] = {
-        "max_minutes": (0.01, 1e6),
-        "layer_decay": (0.01, 1.0),
-        "clip_grad": (1e-9, 1e9),
-        "ema": (0.0, 1.0),
-        "image_size": (1, 1e5),
-        "workers": (0, 1e4),
-    }
-    for name, (low, high) in (ranges | optional).items():
-        value = getattr(config, name)
-        if value is None and name in optional:
-            continue
-        if not low <= value <= high:
-            raise ChiasmError(f"{name} is {value}: expected {low:g} to {high:g}.")
-
-
-def _check_data(data: ImageData) -> None:
-    for name in ("train", "val"):
-        if name not in data.splits or not len(data.splits[name]):
-            raise DataError(f"{data.name}: no {name} images; see 'chiasm data' for what is there.")
-
-
-def _fingerprint(data: ImageData) -> str:
-    """The same for the same images wherever the folder lies: classes, and each split's file names and labels."""
-    digest = hashlib.sha256(repr(data.classes).encode())
-    for name in ("train", "val"):
-        split = data.splits[name]
-        digest.update(repr([Path(source).name for source in split.sources]).encode())
-        digest.update(repr(list(split.labels)).encode())
-    return digest.hexdigest()[:16]
-
-
-def _balanced(data: ImageData, torch: Any) -> Any:
-    """Inverse class frequency, 1 on average over the images; 0 for a class without training images."""
-    counts = torch.bincount(torch.tensor(data.splits["train"].labels), minlength=len(data.classes)).float()
-    present = int((counts > 0).sum())
-    return torch.where(counts > 0, counts.sum() / (present * counts.clamp(min=1)), torch.zeros(()))
 
 
 def _shared_run(config: TrainConfig, data_name: str, first: bool) -> RunFolder:
@@ -253,12 +186,12 @@ def _shared_run(config: TrainConfig, data_name: str, first: bool) -> RunFolder:
 
 
 def _finish(run: RunFolder, config: TrainConfig, state: RunState, parameters: int, data: ImageData) -> None:
-    from chiasm.engine.curves import draw_curves
     from chiasm.engine.summary import summarize
 
-    run.write_metrics(state.history)
-    draw_curves(state.history, run.curves)
-    run.write_summary(summarize(config, state, parameters, data))
+    with run.told_when_full():
+        run.write_metrics(state.history)
+        run.write_curves(state.history)
+        run.write_summary(summarize(config, state, parameters, data))
 
 
 def _result(run: RunFolder, state: RunState) -> TrainResult:

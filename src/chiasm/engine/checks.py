@@ -1,0 +1,71 @@
+"""What is checked before training, and what tells whether a resumed run sees the data it began with."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chiasm.config import TrainConfig
+from chiasm.errors import ChiasmError, DataError
+
+if TYPE_CHECKING:
+    from chiasm.data import ImageData
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Raise `ChiasmError` for a setting out of its range, naming the range."""
+    ranges: dict[str, tuple[float, float]] = {
+        "epochs": (1, 1e6),
+        "batch_size": (1, 1e6),
+        "accumulate": (1, 1e6),
+        "val_fraction": (0.0, 0.9),
+        "label_smoothing": (0.0, 0.99),
+        "mix_probability": (0.0, 1.0),
+        "mixup": (0.0, 100.0),
+        "cutmix": (0.0, 100.0),
+        "random_erasing": (0.0, 1.0),
+        "crop_scale": (0.001, 1.0),
+        "rand_augment": (0, 30),
+        "flip": (0.0, 1.0),
+        "drop_path": (0.0, 0.99),
+        "lr": (1e-12, 1e6),
+        "min_lr": (0.0, 1e6),
+        "warmup_epochs": (0.0, 1e6),
+        "weight_decay": (0.0, 1e6),
+        "momentum": (0.0, 0.99999),
+        "early_stopping": (0, 1e6),
+        "num_nodes": (1, 1e6),
+        "checkpoint_minutes": (0.0, 1e6),
+    }
+    optional: dict[str, tuple[float, float]] = {
+        "max_minutes": (0.01, 1e6),
+        "layer_decay": (0.01, 1.0),
+        "clip_grad": (1e-9, 1e9),
+        "ema": (0.0, 1.0),
+        "image_size": (1, 1e5),
+        "workers": (0, 1e4),
+    }
+    for name, (low, high) in (ranges | optional).items():
+        value = getattr(config, name)
+        if value is None and name in optional:
+            continue
+        if not low <= value <= high:
+            raise ChiasmError(f"{name} is {value}: expected {low:g} to {high:g}.")
+
+
+def check_data(data: ImageData) -> None:
+    """Raise `DataError` where there is nothing to train on or nothing to validate with."""
+    for name in ("train", "val"):
+        if name not in data.splits or not len(data.splits[name]):
+            raise DataError(f"{data.name}: no {name} images; see 'chiasm data' for what is there.")
+
+
+def fingerprint(data: ImageData) -> str:
+    """The same for the same images wherever the folder lies: classes, and each split's file names and labels."""
+    digest = hashlib.sha256(repr(data.classes).encode())
+    for name in ("train", "val"):
+        split = data.splits[name]
+        digest.update(repr([Path(source).name for source in split.sources]).encode())
+        digest.update(repr(list(split.labels)).encode())
+    return digest.hexdigest()[:16]
