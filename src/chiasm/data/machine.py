@@ -32,8 +32,8 @@ def memory_bytes() -> int:
 def default_workers() -> int:
     """Processes that read images where a person has not said how many.
 
-    With a GPU, reading is what training waits for: one per core, at most 8. On a CPU, reading takes its cores from
-    training, so few are best, and on two cores none: measured there, one worker is slower than reading in between.
+    With a GPU, reading is what training waits for: one per core, at most 8. On a CPU, readers take their cores from
+    training, so there are few of them, and none below four cores.
     """
     import torch
 
