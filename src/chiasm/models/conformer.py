@@ -316,7 +316,7 @@ class Conformer(nn.Module):
         if "tokens" not in self.branches:
             return x, x.new_empty(0)
         tokens = map_to_tokens(self.patch_embed(x))
-        return x, torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], dim=1)
+        return x, torch.cat([self.cls_token.expand(x.shape[0], -1, -1), tokens], dim=1)
 
     def _step(self, block: nn.Module, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         run: Any = block

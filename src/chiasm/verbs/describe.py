@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,7 +123,9 @@ def describe(**flags: Any) -> Description:
     size = _size(config.image_size) or info.preprocess.size
     resize = getattr(model, "set_input_size", None)
     if resize is not None and size != info.preprocess.size:
-        resize(img_size=size)  # networks whose position embedding belongs to one size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of timm about its own interpolation
+            resize(img_size=size)  # networks whose position embedding belongs to one size
     image = torch.zeros(1, input_channels(model), *size)
     try:
         outputs, stages, macs = _run(model, image)
@@ -197,11 +201,12 @@ def _in_and_out(result: Description) -> Iterator[str]:
 def _run(model: nn.Module, image: Tensor) -> tuple[dict[str, tuple[int, ...]], tuple[Stage, ...], int]:
     """The shapes of the outputs, the stages, and the MACs in all, of one forward pass."""
     parts = dict(_parts(model))
-    given: dict[str, Any] = {}
-    hooks = [
-        module.register_forward_hook(lambda _module, _args, output, name=name: given.__setitem__(name, output))
-        for name, module in parts.items()
-    ]
+    shapes: dict[str, dict[str, Any]] = {}
+
+    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        shapes[name] = _shapes(output, image)
+
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in parts.items()]
     counter = FlopCounterMode(display=False)
     try:
         with torch.no_grad(), counter:
@@ -218,10 +223,9 @@ def _run(model: nn.Module, image: Tensor) -> tuple[dict[str, tuple[int, ...]], t
     counts = counter.get_flop_counts()
     total = sum(counts.get("Global", {}).values()) // 2
     stages, counted_parameters, counted_macs = [], 0, 0
-    for name in given:  # in the order in which they were first done
+    for name, shape in shapes.items():  # in the order in which they were first done
         parameters = sum(p.numel() for p in parts[name].parameters())
         macs = sum(counts.get(f"{type(model).__name__}.{name}", {}).values()) // 2
-        shape = _shapes(given[name], image)
         if parameters or macs:
             stages.append(Stage(name=name, parameters=parameters, macs=macs, **shape))
             counted_parameters, counted_macs = counted_parameters + parameters, counted_macs + macs

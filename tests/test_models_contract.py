@@ -1,0 +1,316 @@
+"""timm's contract, for every architecture that chiasm registers.
+
+What can be seen from shapes is checked on all of them, without memory; what needs numbers on those that a laptop builds
+quickly, and what builds or trains several copies on the smallest: they are the same classes with other sizes.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+
+from chiasm.model_file import ModelInfo, load_model, preprocess_of, save_model
+from chiasm.models import create_model, list_models
+
+CLASSES = 5
+
+
+def _parameters(name: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in create_model(name).parameters())
+
+
+ALL = list_models()
+BUILT = [name for name in ALL if _parameters(name) < 50e6]
+SMALL = [name for name in ALL if _parameters(name) < 5e6]
+
+
+@cache
+def _built(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return create_model(name, num_classes=CLASSES).eval()
+
+
+def _fresh(name: str) -> nn.Module:
+    return deepcopy(_built(name))
+
+
+def _images(model: nn.Module, count: int = 2, seed: int = 0, channels: int = 3) -> Tensor:
+    """Non-square images of about a quarter of the model's own side."""
+    side = model.pretrained_cfg["input_size"][-1] // 4
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, channels, side, side + side // 2, generator=generator)
+
+
+@pytest.fixture(params=ALL)
+def sketch(request: pytest.FixtureRequest) -> nn.Module:
+    """A model on the meta device: shapes without numbers."""
+    with torch.device("meta"):
+        return create_model(request.param, num_classes=CLASSES).eval()
+
+
+@pytest.fixture(params=BUILT)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    """Shared and in evaluation mode: not to be changed."""
+    return _built(request.param)
+
+
+@pytest.fixture(params=SMALL)
+def small(request: pytest.FixtureRequest) -> nn.Module:
+    return _fresh(request.param)
+
+
+# ---------------------------------------------------------------------------------------------------------- every model
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_registered_by_us(name: str) -> None:
+    assert timm.is_model(name)
+    entrypoint = timm.models.model_entrypoint(name)
+    assert entrypoint.__module__.startswith("chiasm.models.")
+    assert entrypoint.__name__ == name
+    assert timm.models.get_pretrained_cfg(name).input_size[0] == 3
+
+
+def test_stated_names_exist(sketch: nn.Module) -> None:
+    stated = sketch.pretrained_cfg
+    modules = dict(sketch.named_modules())
+    assert modules[stated["first_conv"]].weight.shape[1] == 3
+    classifiers = (stated["classifier"],) if isinstance(stated["classifier"], str) else stated["classifier"]
+    assert all(modules[name].weight.shape[0] == CLASSES for name in classifiers)
+    parameters = dict(sketch.named_parameters())
+    assert set(sketch.no_weight_decay()) <= set(parameters)
+    assert all(level["module"] in modules for level in sketch.feature_info)
+
+
+def test_levels_are_as_stated(sketch: nn.Module) -> None:
+    images = _images(sketch).to("meta")
+    with torch.no_grad():
+        maps = sketch.forward_intermediates(images, intermediates_only=True)
+    assert len(maps) == len(sketch.feature_info)
+    for level, info in zip(maps, sketch.feature_info, strict=True):
+        height, width = (-(-side // info["reduction"]) for side in images.shape[-2:])
+        assert level.shape == (2, info["num_chs"], height, width)
+
+
+def test_output_is_the_mean_of_the_branches(model: nn.Module) -> None:
+    images = _images(model)
+    with torch.no_grad():
+        logits = model(images)
+        branches = model.forward_branches(images) if hasattr(model, "forward_branches") else {"model": logits}
+        in_steps = model.forward_head(model.forward_features(images))
+    assert logits.shape == (2, CLASSES)
+    assert all(values.shape == (2, CLASSES) for values in branches.values())
+    torch.testing.assert_close(logits, torch.stack(list(branches.values())).mean(0))
+    torch.testing.assert_close(logits, in_steps)
+
+
+def test_evaluation_is_deterministic_and_per_image(model: nn.Module) -> None:
+    images = _images(model, count=3)
+    with torch.no_grad():
+        together = model(images)
+        assert torch.equal(together, model(images))
+        alone = torch.cat([model(image[None]) for image in images])
+    scale = together.abs().max().item()  # untrained networks answer in any magnitude
+    torch.testing.assert_close(together / scale, alone / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_every_parameter_gets_a_gradient(name: str) -> None:
+    model = _fresh(name).train()
+    model(_images(model)).square().sum().backward()
+    without = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not without
+
+
+def test_groups_cover_every_parameter(sketch: nn.Module) -> None:
+    for coarse in (False, True):
+        groups = group_parameters(sketch, sketch.group_matcher(coarse=coarse))
+        assert sorted(key for keys in groups.values() for key in keys) == sorted(dict(sketch.named_parameters()))
+    groups = param_groups_layer_decay(sketch, weight_decay=0.1, layer_decay=0.5)
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    first = sketch.get_submodule(sketch.pretrained_cfg["first_conv"]).weight
+    assert len(scales) == len(list(sketch.parameters()))
+    assert scales[id(first)] == min(scales.values()) < 0.2
+    heads = list(sketch.get_classifier().parameters())
+    assert all(scales[id(p)] == 1 for p in heads)
+
+
+# -------------------------------------------------------------------------------------------------------- intermediates
+
+
+def test_intermediates_in_all_forms(small: nn.Module) -> None:
+    images = _images(small)
+    with torch.no_grad():
+        features, maps = small.forward_intermediates(images)
+        for mine, direct in zip(features, small.forward_features(images), strict=True):
+            torch.testing.assert_close(mine, direct)
+        for indices, expected in (([0, 2], [maps[0], maps[2]]), (2, maps[-2:]), ([-1], maps[-1:])):
+            _, some = small.forward_intermediates(images, indices=indices)
+            assert all(torch.equal(a, b) for a, b in zip(some, expected, strict=True))
+        early = small.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
+        assert torch.equal(early[0], maps[0])
+        normed = small.forward_intermediates(images, norm=True, intermediates_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(normed, maps, strict=True))
+    with pytest.raises(ValueError, match="NCHW"):
+        small.forward_intermediates(images, output_fmt="NLC")
+
+
+def test_stopping_early_runs_no_more_blocks(small: nn.Module) -> None:
+    ran = []
+    for i, block in enumerate(small.blocks):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    small.forward_intermediates(_images(small), indices=[0], stop_early=True, intermediates_only=True)
+    assert ran == list(range(int(small.feature_info[0]["module"].split(".")[1]) + 1))
+
+
+def test_pruned_models_give_the_same_maps(small: nn.Module) -> None:
+    images, before = _images(small), sum(p.numel() for p in small.parameters())
+    with torch.no_grad():
+        expected = small.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+        assert small.prune_intermediate_layers([0, 1], prune_norm=True) == [0, 1]
+        pruned = small.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(pruned, expected, strict=True))
+    assert sum(p.numel() for p in small.parameters()) < before
+
+
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 3), (2,), 2])
+@pytest.mark.parametrize("name", SMALL)
+def test_features_only(name: str, out_indices: tuple[int, ...] | int) -> None:
+    torch.manual_seed(0)
+    backbone = timm.create_model(name, features_only=True, out_indices=out_indices)
+    images = _images(_built(name))
+    maps = backbone(images)
+    assert len(maps) == (out_indices if isinstance(out_indices, int) else len(out_indices))
+    for level, channels, stride in zip(
+        maps, backbone.feature_info.channels(), backbone.feature_info.reduction(), strict=True
+    ):
+        assert level.shape[1:] == (channels, *(-(-side // stride) for side in images.shape[-2:]))
+    sum(level.mean() for level in maps).backward()
+
+
+# -------------------------------------------------------------------------------------------------- heads and arguments
+
+
+def test_heads_can_be_exchanged(small: nn.Module) -> None:
+    images = _images(small)
+    with torch.no_grad():
+        features = small.forward_features(images)
+        inputs = small.forward_head(features, pre_logits=True)
+        assert inputs.shape == (2, small.head_hidden_size)
+        small.reset_classifier(9)
+        assert small(images).shape == (2, 9)
+        assert small.num_classes == 9
+        small.reset_classifier(0)
+        assert torch.equal(small(images), inputs)
+        assert torch.equal(small.forward_head(features), inputs)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_built_without_classes(name: str) -> None:
+    model = create_model(name, num_classes=0).eval()
+    assert model(_images(model)).shape == (2, model.head_hidden_size)
+    assert not [key for key in model.state_dict() if key.startswith(tuple(model.pretrained_cfg["classifier"]))]
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+@pytest.mark.parametrize("name", SMALL)
+def test_other_numbers_of_channels(name: str, in_chans: int) -> None:
+    model = create_model(name, in_chans=in_chans, num_classes=CLASSES)
+    assert model(_images(model, channels=in_chans)).shape == (2, CLASSES)
+
+
+@given(height=st.integers(0, 40), width=st.integers(0, 40), index=st.integers(0, len(SMALL) - 1))
+@settings(max_examples=25, deadline=None)
+def test_any_size_from_a_quarter_up(height: int, width: int, index: int) -> None:
+    model = _built(SMALL[index])
+    side = model.pretrained_cfg["input_size"][-1] // 4
+    images = torch.randn(1, 3, side + height, side + width)
+    with torch.no_grad():
+        assert model(images).isfinite().all()
+        for level, info in zip(model.forward_intermediates(images)[1], model.feature_info, strict=True):
+            assert level.shape[-2:] == tuple(-(-s // info["reduction"]) for s in images.shape[-2:])
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def test_recomputing_gives_the_same_gradients(small: nn.Module) -> None:
+    other = deepcopy(small)
+    other.set_grad_checkpointing(True)
+    for twin in (small.train(), other.train()):
+        twin(_images(twin)).square().sum().backward()
+    for (key, p), q in zip(small.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_training_and_evaluation_give_one_type(small: nn.Module) -> None:
+    images = _images(small)
+    for mode in (True, False):
+        small.train(mode)
+        assert isinstance(small(images), Tensor)
+        assert all(isinstance(value, Tensor) for value in small.forward_branches(images).values())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_drop_path_and_dropout_are_off_in_evaluation(name: str) -> None:
+    rates = {"drop_rate": 0.5, "drop_path_rate": 0.5, "attn_drop_rate": 0.5}
+    model = create_model(name, num_classes=CLASSES, **rates).train()
+    images = _images(model)
+    assert not torch.equal(model(images), model(images))
+    model.eval().load_state_dict(_built(name).state_dict())
+    assert torch.equal(model(images), _built(name)(images))
+
+
+# --------------------------------------------------------------------------------------------------- copies and formats
+
+
+def test_copies_are_independent(small: nn.Module) -> None:
+    images = _images(small)
+    copy = deepcopy(small)
+    assert torch.equal(copy(images), small(images))
+    with torch.no_grad():
+        next(copy.parameters()).zero_()
+    assert not torch.equal(copy(images), small(images))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_weights_survive_the_model_file(name: str, tmp_path: Path) -> None:
+    model = _built(name)
+    info = ModelInfo(architecture=name, labels=tuple("abcde"), preprocess=preprocess_of(model))
+    save_model(tmp_path / "model.safetensors", model, info)
+    loaded, seen = load_model(tmp_path / "model.safetensors")
+    assert seen == info
+    assert torch.equal(loaded(_images(model)), model(_images(model)))
+
+
+def test_bfloat16_and_memory_formats(small: nn.Module) -> None:
+    images = _images(small)
+    with torch.no_grad():
+        expected = small(images)
+        laid_out = small.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(laid_out, expected, rtol=1e-4, atol=1e-5)
+        half = small.to(torch.bfloat16)(images.to(torch.bfloat16))
+    assert half.dtype is torch.bfloat16
+    assert half.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SMALL[:1])
+def test_exports_with_a_dynamic_batch(name: str) -> None:
+    model = _built(name)
+    images = _images(model, count=2)
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    for count in (1, 5):
+        more = _images(model, count=count, seed=count)
+        with torch.no_grad():
+            torch.testing.assert_close(exported.module()(more), model(more), rtol=1e-4, atol=1e-5)
