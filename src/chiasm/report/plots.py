@@ -66,6 +66,7 @@ def curves(history: Sequence[Mapping[str, float]]) -> Figure:
     _dress(scores, title=f"Validation top-1: best {best['val_top1']:.1%}, epoch {best['epoch']:.0f}", x="epoch")
     scores.yaxis.set_major_formatter("{x:.0%}")
     for axes in (losses, scores):
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y", color=LINE, linewidth=0.6)
         axes.legend(frameon=False, labelcolor=INK, fontsize=9)
     return figure

@@ -107,8 +107,6 @@ def show(results: Predictions, config: PredictConfig) -> int:
 
 
 def _check(config: PredictConfig) -> None:
-    if isinstance(config.images, str):
-        raise ChiasmError(f"images: expected a list, saw '{config.images}'; give ['{config.images}'].")
     if not config.images:
         raise ChiasmError("which images? Give files, folders or globs, or - to read paths from stdin.")
     if config.top < 1:
