@@ -15,6 +15,7 @@ from PIL import Image
 
 import chiasm
 from chiasm.cli import main
+from chiasm.model_file import ModelInfo, preprocess_of, save_model
 
 NANO = "conformer_nano_patch4_32"
 
@@ -37,6 +38,13 @@ def _weights(root: Path, name: str) -> str:
     path = root / "weights.pth"
     torch.save({"model": chiasm.create_model(name, num_classes=7).state_dict()}, path)
     return str(path)
+
+
+def _model_file(root: Path) -> str:
+    model = chiasm.create_model(NANO, num_classes=2)
+    info = ModelInfo(architecture=NANO, labels=("cat", "dog"), preprocess=preprocess_of(model))
+    save_model(root / "pets.safetensors", model, info)
+    return str(root / "pets.safetensors")
 
 
 class _Payload:
@@ -129,8 +137,14 @@ TABLE: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "no image there": (lambda tmp: ["predict", NANO, str(tmp / "none" / "*.png")], ["none"]),
     "folder of no images": (lambda tmp: ["predict", NANO, str(tmp)], [""]),
     "evaluate on other classes": (
-        lambda tmp: ["evaluate", NANO, _folder(tmp, {"cat": 2, "dog": 2}, "val"), "--out", str(tmp / "out")],
-        ["class"],
+        lambda tmp: [
+            "evaluate",
+            _model_file(tmp),
+            _folder(tmp, {"cat": 2, "dgo": 2}, "val"),
+            "--out",
+            str(tmp / "out"),
+        ],
+        ["class 'dgo'", "nearest: dog"],
     ),
     "unknown split": (
         lambda tmp: ["evaluate", NANO, "scenes:size=32,count=8,val=8", "--split", "vall", "--out", str(tmp / "out")],

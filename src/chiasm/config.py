@@ -230,7 +230,7 @@ class EvaluateConfig(Config):
 
     model: str = _positional("model file, run folder or architecture's name")
     data: str | None = _positional("data as for train; default: what the run was trained on", None)
-    split: str = _flag("val", "split to measure")
+    split: str = _flag("val", "split to measure; 'all' for every image")
     val_fraction: float = _flag(0.2, "as in train, where the data has no val split")
     seed: int = _flag(0, "as in train: seed of the split")
     image_size: int | None = _flag(None, "side in pixels; default: the model's own")
