@@ -17,9 +17,9 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from chiasm.config import DescribeConfig
+from chiasm.config import DescribeConfig, Preprocess
 from chiasm.errors import ChiasmError
-from chiasm.model_file import ModelInfo, preprocess_of, resolve_model
+from chiasm.model_file import resolve_model
 from chiasm.models.checkpoints import input_channels
 
 
@@ -136,7 +136,7 @@ def describe(**flags: Any) -> Description:
         architecture=info.architecture,
         trained=info.trained,
         labels=info.labels,
-        input=_input(model, info, image),
+        input=_input(info.preprocess, image),
         outputs=outputs,
         levels=tuple(_levels(model, size)),
         stages=stages,
@@ -289,8 +289,7 @@ def _levels(model: nn.Module, size: tuple[int, int]) -> Iterator[Level]:
         yield Level(name=level["module"], channels=channels, stride=stride, shape=shape)
 
 
-def _input(model: nn.Module, info: ModelInfo, image: Tensor) -> Input:
-    stated = info.preprocess if info.trained else preprocess_of(model)
+def _input(stated: Preprocess, image: Tensor) -> Input:
     bounds = [(limit - m) / s for m, s in zip(stated.mean, stated.std, strict=True) for limit in (0, 1)]
     channels, height, width = image.shape[1:]
     return Input(
