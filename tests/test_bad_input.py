@@ -147,7 +147,7 @@ TABLE: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
         ["class 'dgo'", "nearest: dog"],
     ),
     "unknown split": (
-        lambda tmp: ["evaluate", NANO, "scenes:size=32,count=8,val=8", "--split", "vall", "--out", str(tmp / "out")],
+        lambda tmp: ["evaluate", NANO, "scenes:size=32,count=9,val=9", "--split", "vall", "--out", str(tmp / "out")],
         ["vall", "val"],
     ),
     "check of a missing path": (lambda tmp: ["data", str(tmp / "nowhere")], ["nowhere"]),
