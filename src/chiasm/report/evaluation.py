@@ -242,18 +242,19 @@ def _by_class(scores: ClassificationScores) -> list[Html]:
         [(s.label, {"found (recall)": s.recall, "to be believed (precision)": s.precision}) for s in shown],
         x="share of images",
     )
-    which = "" if len(shown) == len(ranked) else f" The {len(shown)} weakest of {len(ranked)} classes."
+    all_shown = len(shown) == len(ranked)
+    which = "" if all_shown else f" The {len(shown)} weakest of {len(ranked)} classes."
+    caption = (
+        "Recall: how many of a class's images are found. Precision: how many of the images given this class are of it. "
+        f"Hardest first.{which}"
+    )
     rows = [
         [s.label, f"{s.count:,}", _optional(s.precision), _optional(s.recall), _optional(s.f1)] for s in scores.classes
     ]
-    return [
-        figure(
-            drawing,
-            "Recall: how many of a class's images are found. Precision: how many of the images given this class are of "
-            f"it. Hardest first.{which}",
-        ),
-        details("All numbers", table(["class", "images", "precision", "recall", "F1"], rows)),
-    ]
+    numbers = table(["class", "images", "precision", "recall", "F1"], rows)
+    if all_shown:
+        return [columns(figure(drawing, caption), numbers)]
+    return [figure(drawing, caption), details("All classes", numbers)]
 
 
 def _calibration(scores: ClassificationScores) -> list[Html]:

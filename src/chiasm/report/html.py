@@ -216,7 +216,8 @@ section>:last-child,section>:last-child>p:last-child{margin-bottom:0}
 table{border-collapse:collapse;width:100%;font-size:.92rem}
 th{text-align:left;color:var(--muted);font-weight:600}
 th,td{padding:6px 12px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}
-.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.number{text-align:right;font-variant-numeric:tabular-nums}
+td.number{white-space:nowrap}
 figure{margin:0 0 12px}
 figcaption{color:var(--muted);font-size:.85rem;line-height:1.4;margin-top:6px;max-width:75ch}
 .drawing svg{display:block;width:100%;height:auto}
@@ -226,7 +227,8 @@ figcaption{color:var(--muted);font-size:.85rem;line-height:1.4;margin-top:6px;ma
 .gallery b{color:var(--ink)}
 details{margin-top:12px}
 summary{cursor:pointer;color:var(--blue);font-weight:600;margin-bottom:8px}
-@media (max-width:520px){main{padding:16px 8px 40px}section{padding:14px}.value{font-size:1.5rem}
+@media (max-width:520px){main{padding:16px 8px 40px}section{padding:14px}
+table{font-size:.82rem}th,td{padding-right:8px}.value{font-size:1.5rem}
 .cards{grid-template-columns:repeat(2,1fr)}.gallery{grid-template-columns:repeat(2,1fr)}}
 @media print{section{break-inside:avoid}body{background:none}}
 """

@@ -159,7 +159,7 @@ def bars(rows: Sequence[tuple[str, Mapping[str, float | None]]], *, x: str) -> F
         rows: a name and its values by series, from the top down; None leaves the dot out.
         x: what the values are.
     """
-    figure = Figure(figsize=(7.6, 1.0 + 0.27 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(5.4, 1.0 + 0.27 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [_short(name) for name, _ in rows]
     for i, (_, values) in enumerate(rows):
