@@ -434,6 +434,13 @@ def test_one_wrong_shape_stops_all() -> None:
     assert _same(model, before)
 
 
+def test_channels_that_cannot_be_adapted() -> None:
+    state = _build(seed=1, in_chans=4).state_dict()
+    for in_chans in (2, 3):
+        with pytest.raises(CheckpointError, match=rf"'stem\.conv\.weight' has shape \(16, 4, .*\(16, {in_chans}, "):
+            load_weights(_build(in_chans=in_chans), state)
+
+
 def test_weights_of_quite_another_network() -> None:
     with pytest.raises(CheckpointError, match=r"weights for another model, \d of 364 fit"):
         load_weights(_build(), timm.create_model("resnet18").state_dict())

@@ -293,7 +293,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> We
     for key in state:
         if key not in reading.names:
             left_out[key] = _why_left_out(model, key, merged)
-    missing = tuple(key for key in expected if key not in {*reading.names.values()})
+    given = set(reading.names.values())
+    missing = tuple(key for key in expected if key not in given)
     model.load_state_dict(fresh, strict=False)
     return WeightsReport(
         source=label,
@@ -340,7 +341,7 @@ def _adapt_stem(model: nn.Module, key: str, value: Tensor, wanted: Tensor) -> Te
         return None
     try:
         stem = adapt_input_conv(wanted.shape[1], value)
-    except NotImplementedError:
+    except (NotImplementedError, AssertionError, ValueError):  # not from three channels
         return None
     return stem if stem.shape == wanted.shape else None
 
