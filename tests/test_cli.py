@@ -55,7 +55,18 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(
 
 
 def test_switches_lists_and_mappings(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["train", "photos", "--no-cache", "--compile", "--loggers", "tensorboard", "wandb", "--freeze", "stem", "blocks.0"]
+    words = [
+        "train",
+        "photos",
+        "--no-cache",
+        "--compile",
+        "--loggers",
+        "tensorboard",
+        "wandb",
+        "--freeze",
+        "stem",
+        "blocks.0",
+    ]
     printed = _settings(capsys, *words, "--model-args", "{coupling: none, depth: 9}", "--ema", "0.99")
     assert (printed["cache"], printed["compile"], printed["ema"]) == (False, True, 0.99)
     assert printed["loggers"] == ["tensorboard", "wandb"]

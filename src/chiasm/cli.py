@@ -57,7 +57,7 @@ A MODEL is a model file, a run folder or an architecture's name.
 class _Parser(ArgumentParser):
     """An argument parser that tells a mistake in one line and suggests the nearest choice."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(message.split()).rstrip(".")
         if wrong := re.match(r'Parser key "(\w+)"(?: element \d+)?: Expected an? (.*)\. Got value: (.*)', message):
             key, kind, value = wrong.groups()
@@ -120,11 +120,12 @@ def _parse(verb: str, config_class: type[Config], argv: list[str]) -> dict[str, 
     given = vars(parser.parse_args(argv, defaults=False))
     print_config = given.pop("print_config", False)
     path = given.pop("config", None)
-    flags = {key: value for key, value in given.items() if value is not None}
+    positional = [f.name for f in fields(config_class) if f.metadata.get("positional")]
+    # A positional that was not given stands here as None; of the others only those given do, 'null' among their values.
+    flags = {key: value for key, value in given.items() if value is not None or key not in positional}
     if path:
         flags = _read_settings(path, parser, config_class) | flags
     if print_config:
-        positional = [f.name for f in fields(config_class) if f.metadata.get("positional")]
         print(config_class.from_flags(**{name: f"<{name}>" for name in positional} | flags).to_yaml(), end="")
         return None
     return flags

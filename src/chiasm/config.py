@@ -173,7 +173,9 @@ class TrainConfig(Config):
     devices: str = _flag("auto", "number of devices, or a list such as 0,1")
     num_nodes: int = _flag(1, "machines, started with torchrun or SLURM")
     strategy: str = _flag("auto", "auto, ddp, fsdp ... (Lightning's names)")
-    precision: Literal["auto", "32", "bf16", "16"] = _flag("auto", "auto: bf16 where a GPU has it, else 32 bits")
+    precision: Literal["auto", "32", "bf16", "16"] = _flag(
+        "auto", "auto: bf16 where GPU or processor compute in it, else 32 bits"
+    )
     compile: bool = _flag(False, "torch.compile the model")
     grad_checkpointing: bool = _flag(False, "recompute activations: less memory, more time")
     checkpoint_minutes: float = _flag(5.0, "save a checkpoint at each epoch's end and at least this often")

@@ -141,12 +141,21 @@ def _make_trainer(config: TrainConfig, **parts: Any) -> pl.Trainer:
 
 
 def _precision(config: TrainConfig) -> Any:
-    gpu = config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    if config.precision == "auto":
-        return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported() else "32-true"
-    if config.precision == "16" and (config.accelerator == "cpu" or not _has_accelerator()):
+    on_cpu = config.accelerator == "cpu" or not _has_accelerator()
+    if config.precision == "16" and on_cpu:
         raise ChiasmError("precision 16 needs a GPU; use --precision bf16 or 32 on a CPU.")
-    return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[config.precision]
+    auto = "bf16-mixed" if (_cpu_has_bf16() if on_cpu else _gpu_has_bf16()) else "32-true"
+    return {"auto": auto, "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[config.precision]
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this processor multiplies in bf16 (AVX512-BF16 or AMX), which about halves the time of a step."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _gpu_has_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
 def _has_accelerator() -> bool:

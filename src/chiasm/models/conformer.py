@@ -219,6 +219,8 @@ class Conformer(nn.Module):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         rates = torch.linspace(0, drop_path_rate, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(self._block(i, rates[i], attn_drop_rate) for i in range(config.depth))
+        if config.supervision == "tokens":
+            _freeze_unread(self.blocks[-1])
         # Without a head of its own (or one it shares) the tokens' last norm would have no gradient.
         reads_tokens = "tokens" in self.branches and config.supervision != "conv"
         self.norm = nn.LayerNorm(config.dim) if reads_tokens else nn.Identity()  # eps 1e-5, as published
@@ -431,6 +433,15 @@ class Conformer(nn.Module):
         if "tokens" in self.branches:
             trunc_normal_(self.cls_token, std=0.02)
         named_apply(_init_module, self)
+
+
+def _freeze_unread(block: nn.Module) -> None:
+    """With a head on the tokens alone nothing reads the last block's map: what makes it has no gradient to wait for."""
+    assert isinstance(block, CoupledBlock)
+    unread = [block.conv_in.conv3, block.conv_in.bn3, block.conv_in.shortcut_conv, block.conv_in.shortcut_bn]
+    for module in unread:
+        if module is not None:
+            module.requires_grad_(False)
 
 
 def _init_module(module: nn.Module, name: str = "") -> None:
