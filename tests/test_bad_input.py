@@ -59,7 +59,7 @@ class _Payload:
 
 def _hostile(root: Path) -> str:
     with open(root / "hostile.pth", "wb") as file:
-        pickle.dump({"model": _Payload(root / "executed")}, file)
+        pickle.dump({"model": _Payload(root / "executed")}, file, protocol=2)
     return str(root / "hostile.pth")
 
 
