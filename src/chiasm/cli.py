@@ -84,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has gone (`| head`): point stdout elsewhere so that Python's last flush stays quiet too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, no permission: the system's own words say it best
+        print(f"chiasm: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def _run(argv: list[str]) -> int:
