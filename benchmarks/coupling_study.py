@@ -75,7 +75,7 @@ def table(study: dict[str, Any]) -> str:
 
 def plot(study: dict[str, Any], path: Path) -> None:
     """One dot per seed and head, so that the spread is seen beside the difference."""
-    figure = Figure(figsize=(7, 3), layout="constrained")
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axes = figure.subplots()
     colours = {"top1": "#222222", "top1_conv": "#0072b2", "top1_tokens": "#d55e00"}
     labels = {"top1": "model", "top1_conv": "conv head", "top1_tokens": "Transformer head"}
@@ -90,7 +90,8 @@ def plot(study: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("val top-1, % (one dot per seed)")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="lower left")
+    axes.margins(y=0.1)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path)
 
 
