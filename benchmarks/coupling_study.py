@@ -1,8 +1,10 @@
 """What the coupling is worth: one Conformer coupled, uncoupled, and each branch alone, on the same images and budget.
 
-    python benchmarks/coupling_study.py DATA --out FOLDER [--epochs 6 --seeds 3 --image-size 96]
+    python benchmarks/coupling_study.py DATA --out FOLDER [--epochs 6 | --minutes 20] [--seeds 3 --image-size 96]
 
-Every variant sees the same images in the same order with the same recipe, for the same number of epochs, once per seed.
+Every variant sees the same images with the same recipe, once per seed. The budget is a number of epochs, or minutes of
+training: then one epoch of each variant is timed first, one after the other on a machine that should be quiet, and each
+gets the epochs that fit. Epochs, not a clock, end the runs, so what else the machine does later changes no accuracy.
 The accuracy is that of the last epoch, not of the best, so nothing is chosen on the validation images. Finished runs
 are kept and an interrupted one goes on: start the command again. Writes coupling_study.json, .md and .svg into FOLDER.
 """
@@ -33,22 +35,48 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one variant with one seed, or go on with it; the metrics of its last epoch."""
-    folder = Path(options.out) / f"{variant.replace(' ', '-')}-{seed}"
+def epochs_of(options: argparse.Namespace) -> dict[str, int]:
+    """The epochs each variant gets; seconds per epoch are measured once and kept in pace.json."""
+    if options.minutes is None:
+        return dict.fromkeys(VARIANTS, options.epochs)
+    file = pace_file(options)
+    if not file.exists():
+        seconds = {}
+        for variant in VARIANTS:
+            rows = train(variant, 0, 1, Path(options.out) / f"pace-{variant.replace(' ', '-')}", options)
+            seconds[variant] = float(rows[-1]["seconds"])
+        file.write_text(json.dumps(seconds, indent=1), encoding="utf-8")
+    seconds = json.loads(file.read_text(encoding="utf-8"))
+    return {variant: max(1, round(60 * options.minutes / seconds[variant])) for variant in VARIANTS}
+
+
+def pace_file(options: argparse.Namespace) -> Path:
+    return Path(options.out) / "pace.json"
+
+
+def train(variant: str, seed: int, epochs: int, folder: Path, options: argparse.Namespace) -> list[dict[str, str]]:
+    """Train, or go on where a run was interrupted; the rows of its metrics."""
     if folder.exists():
         chiasm.train(resume=str(folder))
     else:
         chiasm.train(
-            data=options.data, model=MODEL, model_args=VARIANTS[variant], recipe="quick", epochs=options.epochs,
+            data=options.data, model=MODEL, model_args=VARIANTS[variant], recipe="quick", epochs=epochs,
             image_size=options.image_size, precision=options.precision, seed=seed, out=str(folder),
         )  # fmt: skip
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        return list(csv.DictReader(file))
+
+
+def run(variant: str, seed: int, epochs: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The metrics of the last epoch of one variant with one seed."""
+    rows = train(variant, seed, epochs, Path(options.out) / f"{variant.replace(' ', '-')}-{seed}", options)
     accuracy = {
         key.removeprefix("val_").strip("_"): float(value) for key, value in rows[-1].items() if "val_top1" in key
     }
-    return {"seed": seed, "minutes": sum(float(row["seconds"]) for row in rows) / 60, **accuracy}
+    seconds = sum(float(row["seconds"]) for row in rows)
+    if options.minutes is not None:  # the clock of the quiet machine: the run itself may have shared it
+        seconds = len(rows) * json.loads(pace_file(options).read_text(encoding="utf-8"))[variant]
+    return {"seed": seed, "epochs": len(rows), "minutes": seconds / 60, **accuracy}
 
 
 def table(study: dict[str, Any]) -> str:
@@ -56,8 +84,8 @@ def table(study: dict[str, Any]) -> str:
     lines = [
         f"{study['date']}, {study['machine']}. `{study['command']}`",
         "",
-        "| | parameters | val top-1, mean | each seed | conv head | Transformer head | minutes a run |",
-        "|---|---|---|---|---|---|---|",
+        "| | parameters | epochs | val top-1, mean | each seed | conv head | Transformer head | minutes a run |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, result in study["variants"].items():
         runs = result["runs"]
@@ -66,7 +94,8 @@ def table(study: dict[str, Any]) -> str:
             for key in ("top1_conv", "top1_tokens")
         ]
         lines.append(
-            f"| {name} | {result['parameters'] / 1e6:.2f} M | **{statistics.mean(r['top1'] for r in runs):.1%}** | "
+            f"| {name} | {result['parameters'] / 1e6:.2f} M | {runs[0]['epochs']} | "
+            f"**{statistics.mean(r['top1'] for r in runs):.1%}** | "
             f"{', '.join(format(r['top1'], '.1%') for r in runs)} | {heads[0]} | {heads[1]} | "
             f"{statistics.mean(r['minutes'] for r in runs):.1f} |"
         )
@@ -100,19 +129,21 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--out", required=True)
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--minutes", type=float, help="equal training time instead of equal epochs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--precision", default="auto")
     options = parser.parse_args()
+    epochs = epochs_of(options)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
     for seed in range(options.seeds):  # seeds outermost: stopped early, the table still compares like with like
         for variant in VARIANTS:
-            results[variant].append(run(variant, seed, options))
+            results[variant].append(run(variant, seed, epochs[variant], options))
         study = {
             "date": str(date.today()),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
             "command": " ".join(["python", "benchmarks/coupling_study.py", Path(options.data).name, *sys.argv[2:]]),
-            "settings": {"model": MODEL, "recipe": "quick", "epochs": options.epochs, "image_size": options.image_size},
+            "settings": {"model": MODEL, "recipe": "quick", "epochs": epochs, "image_size": options.image_size},
             "variants": {
                 name: {
                     "parameters": sum(

@@ -465,7 +465,7 @@ MISTAKES: list[tuple[dict[str, Any], type[ChiasmError], str]] = [
     ({"accelerator": "tpuu"}, ChiasmError, "this machine cannot train so"),
     ({"strategy": "dpp"}, ChiasmError, "expected one of auto, ddp"),
     ({"precision": "16"}, ChiasmError, "precision 16 needs a GPU"),
-    ({"loggers": ["wandb"]}, ChiasmError, r"pip install 'chiasm\[wandb\]'"),
+    ({"loggers": ["wandb"]}, ChiasmError, "pip install wandb"),
     ({"pretrained": True, "weights": "x.pth"}, ChiasmError, "give one of them"),
     ({"freeze": ["block"]}, UnknownNameError, "did you mean blocks"),
     ({"image_size": 4}, ChiasmError, "4 ?(x4)? ?px"),

@@ -97,7 +97,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelInfo]:
         hint = f"; the nearest names here are {', '.join(near)}" if near else ""
         raise ModelFileError(
             f"{path}: its architecture '{info.architecture}' is not known to this chiasm {chiasm.__version__} and "
-            f"timm {timm.__version__}{hint}. Update them: pip install -U chiasm timm"
+            f"timm {timm.__version__}{hint}. Update both"
         )
     try:
         model = create_model(info.architecture, num_classes=len(info.labels), **info.model_args)
@@ -240,8 +240,7 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> ModelInfo:
         version = int(content["format"])
         if version > FORMAT:
             raise ModelFileError(
-                f"{path}: model file of format {version}, this chiasm reads up to {FORMAT}. "
-                "Update it: pip install -U chiasm"
+                f"{path}: model file of format {version}, this chiasm reads up to {FORMAT}. Update chiasm"
             )
         info = ModelInfo(
             architecture=str(content["architecture"]),

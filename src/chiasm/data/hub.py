@@ -2,7 +2,7 @@
 
 torchvision:CIFAR10                          downloaded once, into the folder datasets beside torch's hub
 torchvision:Imagenette:size=160px            further arguments of the torchvision class; root= for another folder
-hf:uoft-cs/cifar10                           the HF hub, through the `datasets` library (pip install chiasm[hf])
+hf:uoft-cs/cifar10                           the HF hub, through the `datasets` library (pip install datasets)
 hf:uoft-cs/cifar100:label=coarse_label       other columns, or config=NAME
 hf:/data/flowers                             a local folder: of save_to_disk, Parquet files or an image folder
 """
@@ -135,7 +135,7 @@ def open_hf(spec: str) -> ImageData:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"hf:{spec} needs the library datasets: pip install 'chiasm[hf]'.") from error
+        raise DataError(f"hf:{spec} needs the library datasets: pip install datasets.") from error
     name, _, text = spec.rpartition(":") if "=" in spec.rpartition(":")[2] else (spec, "", "")
     options = read_options(text, {"image": "", "label": "", "config": ""}, what=f"hf:{name}")
     path = Path(name).expanduser()

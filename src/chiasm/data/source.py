@@ -76,6 +76,22 @@ class Subset(Split):
         return self.whole.read(self.indices[index])
 
 
+class Joined(Split):
+    """Several splits one after the other."""
+
+    def __init__(self, splits: Sequence[Split]) -> None:
+        self.splits = list(splits)
+        self.sources = [source for split in self.splits for source in split.sources]
+        self.labels = [label for split in self.splits for label in split.labels]
+
+    def read(self, index: int) -> Tensor:
+        for split in self.splits:
+            if index < len(split):
+                return split.read(index)
+            index -= len(split)
+        raise IndexError(index)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageData:
     """A data set: its classes and its splits.

@@ -27,7 +27,7 @@ def make_loggers(config: TrainConfig, run: RunFolder, purge_from: int) -> list[L
             )
         elif name == "wandb":
             if find_spec("wandb") is None:
-                raise ChiasmError("wandb is not installed; pip install 'chiasm[wandb]', or leave it out of --loggers.")
+                raise ChiasmError("wandb is not installed; pip install wandb, or leave it out of --loggers.")
             from pytorch_lightning.loggers import WandbLogger
 
             loggers.append(WandbLogger(project="chiasm", name=run.path.name, save_dir=str(run.path)))

@@ -22,7 +22,7 @@ from chiasm.engine.mix import Mix
 from chiasm.engine.optimizer import make_optimizer, set_rate
 from chiasm.engine.schedule import Schedule
 from chiasm.engine.state import RunState, Stopwatch
-from chiasm.errors import TrainingError
+from chiasm.errors import DataError, TrainingError
 from chiasm.tasks.classify import Classify, mean_logits
 
 STATE_KEY = "chiasm"
@@ -68,7 +68,7 @@ class Training(pl.LightningModule):
         self._mix = Mix(config, len(task.labels))
         self._frozen_norms = frozen_norms(task)
         self._losses: list[Tensor] = []  # of the steps not yet checked and summed
-        self._val_sums: dict[str, Tensor] = {}
+        self._val_sums: dict[str, float] = {}
         self._epoch_watch = Stopwatch()
         self._val_watch = Stopwatch()
         self._validation_seconds = 0.0  # of the latest validation with its checkpoint: kept free in a time budget
@@ -133,7 +133,7 @@ class Training(pl.LightningModule):
         """
         if not self._losses:
             return
-        losses = torch.stack(self._losses).double().tolist()
+        losses = torch.stack(self._losses).cpu().double().tolist()
         self._losses.clear()
         for index, loss in enumerate(losses):
             if not _is_finite(loss):
@@ -175,10 +175,9 @@ class Training(pl.LightningModule):
             real = indices < self._val_images
             labels = labels[real]
             outputs = {name: logits[real] for name, logits in outputs.items()}
-        count = torch.tensor(len(labels), device=self.device, dtype=torch.float64)
-        self._add("images", count)
+        self._add("images", len(labels))
         if len(labels):
-            self._add("loss", self.evaluated.loss(outputs, labels)["loss"].double() * count)
+            self._add("loss", float(self.evaluated.loss(outputs, labels)["loss"]) * len(labels))
             self._add("top1", _hits(mean_logits(outputs), labels))
             if len(outputs) > 1:
                 for name, logits in outputs.items():
@@ -187,10 +186,10 @@ class Training(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Close the epoch: its row, the best score, what comes next."""
         self.settle_losses()
-        sums = {
-            name: float(self.trainer.strategy.reduce(value, reduce_op="sum")) for name, value in self._val_sums.items()
-        }
-        images = sums.pop("images")
+        sums = {name: self._sum_of_processes(value) for name, value in self._val_sums.items()}
+        images = sums.pop("images", 0.0)
+        if not images:
+            raise DataError("none of the val images can be read; see 'chiasm data' for which and why.")
         val = {f"val_{name}": value / images for name, value in sums.items()}
         if not _is_finite(val["val_loss"]):
             raise self.diverged(f"the validation loss is {val['val_loss']} after epoch {self.state.epoch + 1}")
@@ -227,8 +226,14 @@ class Training(pl.LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics(row, step=self.state.updates)
 
-    def _add(self, name: str, value: Tensor) -> None:
-        self._val_sums[name] = self._val_sums[name] + value if name in self._val_sums else value
+    def _add(self, name: str, value: float) -> None:
+        self._val_sums[name] = self._val_sums.get(name, 0.0) + value
+
+    def _sum_of_processes(self, value: float) -> float:
+        """In float32 on the device only where processes share it: Apple's devices have no float64."""
+        if self.trainer.world_size == 1:
+            return value
+        return float(self.trainer.strategy.reduce(torch.tensor(value, device=self.device), reduce_op="sum"))
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
@@ -288,8 +293,8 @@ def _step_seed(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _hits(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(-1) == labels).sum().double()
+def _hits(logits: Tensor, labels: Tensor) -> int:
+    return int((logits.argmax(-1) == labels).sum())
 
 
 def _is_finite(value: float) -> bool:

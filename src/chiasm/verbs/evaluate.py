@@ -17,8 +17,6 @@ from chiasm.config import EvaluateConfig, read_yaml
 from chiasm.errors import ChiasmError, DataError, ImageError, nearest
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from chiasm.data import ImageData, Split
     from chiasm.model_file import ModelInfo
     from chiasm.predictor import Predictor
@@ -277,30 +275,12 @@ def _same(one: str, other: str | None) -> bool:
 
 
 def _split(data: ImageData, name: str) -> Split:
+    from chiasm.data.source import Joined
+
     chosen = [split for split in data.splits.values() if len(split)] if name == ALL else [data.split(name)]
     if not any(len(split) for split in chosen):
         raise DataError(data.problems[0] if data.problems else f"{data.name}: no images in its split '{name}'.")
-    return chosen[0] if len(chosen) == 1 else _join(chosen)
-
-
-def _join(splits: Sequence[Split]) -> Split:
-    from chiasm.data import Split
-
-    class Joined(Split):
-        """Several splits one after the other."""
-
-        def __init__(self) -> None:
-            self.sources = [source for split in splits for source in split.sources]
-            self.labels = [label for split in splits for label in split.labels]
-
-        def read(self, index: int) -> Tensor:
-            for split in splits:
-                if index < len(split):
-                    return split.read(index)
-                index -= len(split)
-            raise IndexError(index)
-
-    return Joined()
+    return chosen[0] if len(chosen) == 1 else Joined(chosen)
 
 
 def _targets(data: ImageData, split: Split, info: ModelInfo) -> tuple[list[int], list[str]]:
