@@ -1,6 +1,8 @@
 """Bad input is normal input: each row is one clear line on stderr and a non-zero exit, never a traceback.
 
-The odd images themselves have a table of their own in test_bad_images.py.
+The odd images themselves have a table of their own in test_bad_images.py; a full disk, a loss that is not a number and
+interrupted runs are in test_train.py and test_resume.py, checkpoints and model files of every wrong kind in
+test_checkpoints.py and test_model_file.py.
 """
 
 from __future__ import annotations
@@ -63,6 +65,24 @@ def _hostile(root: Path) -> str:
     return str(root / "hostile.pth")
 
 
+def _broken(photos: str) -> str:
+    for path in Path(photos).rglob("*.png"):
+        path.write_bytes(b"")
+    return photos
+
+
+def _broken_val(photos: str) -> str:
+    _broken(_folder(Path(photos).parent, {"cat": 2, "dog": 2}, "val") + "/val")
+    return photos
+
+
+def _run(root: Path) -> Path:
+    """A folder that looks like a run."""
+    (root / "run-1").mkdir()
+    _write(root / "run-1" / "config.yaml", b"data: scenes\n")
+    return root / "run-1"
+
+
 TRAIN = ["--model", NANO, "--epochs", "1", "--workers", "0"]
 
 # what is wrong -> (the command's words, made in a fresh folder; what its one line must say)
@@ -87,7 +107,26 @@ TABLE: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     ),
     "data path is missing": (lambda tmp: ["train", str(tmp / "nowhere"), *TRAIN], ["nowhere"]),
     "data name is misspelt": (lambda tmp: ["train", "scense", *TRAIN], ["scense", "scenes"]),
-    "folder without images": (lambda tmp: ["train", str(tmp), *TRAIN], [""]),
+    "folder without images": (
+        lambda tmp: ["train", str(tmp), *TRAIN],
+        ["ordner mit ümlaut: saw nothing", "one sub-folder of images per class"],
+    ),
+    "data behind an option that takes it": (
+        lambda tmp: ["train", "--freeze", "stem", "x/"],
+        ["--freeze", "put it last"],
+    ),
+    "an image behind an option": (
+        lambda tmp: ["predict", NANO, "a.png", "--top", "2", "b.png"],
+        ["'b.png' is out of place", "before the options"],
+    ),
+    "no training image can be read": (
+        lambda tmp: ["train", _broken(_folder(tmp, {"cat": 64, "dog": 64})), *TRAIN[:-1], "1", "--no-cache"],
+        ["none of the 102 training images can be read", "0 bytes"],
+    ),
+    "no val image can be read": (
+        lambda tmp: ["train", _broken_val(_folder(tmp, {"cat": 8, "dog": 8}, "train")), *TRAIN, "--batch-size", "8"],
+        ["none of the val images can be read"],
+    ),
     "one class": (lambda tmp: ["train", _folder(tmp, {"cat": 4}), *TRAIN], ["class", "cat"]),
     "empty class folder": (lambda tmp: ["train", _folder(tmp, {"cat": 4, "dog": 0}), *TRAIN], ["dog"]),
     "unknown model": (
@@ -118,10 +157,14 @@ TABLE: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
         lambda tmp: ["train", "scenes:size=32,count=32,val=16", *TRAIN, "--weights", str(tmp / "no.pth")],
         ["no.pth"],
     ),
-    "resume what is no run": (lambda tmp: ["train", "--resume", str(tmp)], [""]),
+    "resume what is no run": (lambda tmp: ["train", "--resume", str(tmp)], ["ordner mit ümlaut", "not a run folder"]),
+    "out is a file": (
+        lambda tmp: ["train", "scenes:size=32,count=32,val=16", *TRAIN, "--out", _write(tmp / "taken", b"")],
+        ["taken"],
+    ),
     "out holds another run": (
-        lambda tmp: ["train", "scenes:size=32,count=32,val=16", *TRAIN, "--out", str(Path(_write(tmp / "f", b"")))],
-        ["f"],
+        lambda tmp: ["train", "scenes:size=32,count=32,val=16", *TRAIN, "--out", str(_run(tmp))],
+        ["run-1", "holds something already", "--resume"],
     ),
     "model file is missing": (lambda tmp: ["predict", str(tmp / "no.safetensors"), "x.png"], ["no.safetensors"]),
     "model file is cut": (
@@ -135,7 +178,7 @@ TABLE: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "model file is a checkpoint": (lambda tmp: ["predict", _weights(tmp, NANO), "x.png"], ["weights.pth"]),
     "unknown architecture": (lambda tmp: ["describe", "conformer_tiny_patch16_242"], ["conformer_tiny_patch16_224"]),
     "no image there": (lambda tmp: ["predict", NANO, str(tmp / "none" / "*.png")], ["none"]),
-    "folder of no images": (lambda tmp: ["predict", NANO, str(tmp)], [""]),
+    "folder of no images": (lambda tmp: ["predict", NANO, str(tmp)], ["ordner mit ümlaut", "no image files"]),
     "evaluate on other classes": (
         lambda tmp: [
             "evaluate",

@@ -426,6 +426,14 @@ def test_weights_for_another_model_name_the_right_one() -> None:
     assert _same(model, before)  # also what would have fitted
 
 
+def test_one_branch_does_not_take_the_weights_of_both() -> None:
+    model, before = _build(seed=2, branches="tokens"), _build(seed=2, branches="tokens")
+    with pytest.raises(CheckpointError, match="for another model") as error:
+        load_weights(model, _build(seed=1).state_dict())
+    assert "\n" not in str(error.value)
+    assert _same(model, before)
+
+
 def test_one_wrong_shape_stops_all() -> None:
     model, before, state = _build(seed=2), _build(seed=2), _build(seed=1).state_dict()
     state["norm.weight"] = torch.zeros(3)

@@ -15,6 +15,7 @@ from PIL import Image
 
 import chiasm
 from chiasm.cli import main
+from chiasm.data import open_data
 from chiasm.data.images import read_image
 from chiasm.data.transforms import eval_transform
 from chiasm.errors import ChiasmError, DataError
@@ -202,7 +203,8 @@ def _run(tmp_path: Path, model_file: Path, data: str, **settings: object) -> Pat
     run = tmp_path / "run"
     run.mkdir()
     model, info = load_model(model_file)
-    save_model(run / "model.safetensors", model, replace(info, data=data))
+    kept = open_data(data, **settings).fingerprint()
+    save_model(run / "model.safetensors", model, replace(info, data=data, fingerprint=kept, **settings))
     (run / "config.yaml").write_text(yaml.safe_dump({"data": data, **settings}))
     lines = ["epoch,train_loss,val_loss,val_top1,val_top1_conv", "1,1.5,1.4,0.5,0.4", "2,1.0,1.1,0.7,0.6"]
     (run / "metrics.csv").write_text("\n".join(lines) + "\n")
@@ -230,8 +232,33 @@ def test_a_run_is_measured_on_its_own_split(tmp_path: Path, model_file: Path, fl
     assert _measured(_evaluate(run / "model.safetensors", None, out)) == 12
     assert _measured(_evaluate(run, None, out, val_fraction=0.1)) == 3, "what is given wins"
     assert "seed 5" in _evaluate(run, None, out).notes[-1]
+    assert "not with these" in _evaluate(run, None, out, seed=6).notes[-1]
     assert _measured(_evaluate(run, None, out, split="all")) == 30
     assert _measured(_evaluate(run, None, out, split="train")) == 18
+    assert "how well it remembers" in _evaluate(run, None, out, split="train").notes[-1]
+
+
+def test_model_and_images_that_have_moved_are_measured_on_the_same_split(
+    tmp_path: Path, model_file: Path, flat: Path
+) -> None:
+    run = _run(tmp_path, model_file, str(flat), seed=5, val_fraction=0.4)
+    expected = _evaluate(run, None, tmp_path / "out")
+    moved = (run / "model.safetensors").rename(tmp_path / "moved.safetensors")
+    result = _evaluate(moved, flat.rename(tmp_path / "elsewhere"), tmp_path / "out")
+    names = [Path(case.source).name for case in result.mistakes]
+    assert names == [Path(case.source).name for case in expected.mistakes]
+    assert _measured(result) == 12
+    assert len(result.notes) == 1
+    assert "seed 5" in result.notes[0]
+
+
+def test_it_is_said_when_training_images_may_be_measured(tmp_path: Path, model_file: Path, flat: Path) -> None:
+    run = _run(tmp_path, model_file, str(flat), seed=5, val_fraction=0.4)
+    (flat / LABELS[0] / "0.png").rename(flat / LABELS[0] / "another.png")
+    assert "renamed since training" in _evaluate(run, None, tmp_path / "out").notes[-1]
+    model, info = load_model(run / "model.safetensors")
+    save_model(run / "model.safetensors", model, replace(info, seed=None, val_fraction=None, fingerprint=None))
+    assert "does not say which images" in _evaluate(run, None, tmp_path / "out").notes[-1]
 
 
 def test_a_run_keeps_its_evaluation_and_shows_its_curves(tmp_path: Path, model_file: Path, flat: Path) -> None:

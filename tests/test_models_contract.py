@@ -19,6 +19,7 @@ from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
+from chiasm.errors import ChiasmError
 from chiasm.model_file import ModelInfo, load_model, preprocess_of, save_model
 from chiasm.models import create_model, list_models
 
@@ -214,6 +215,22 @@ def test_heads_can_be_exchanged(small: nn.Module) -> None:
         small.reset_classifier(0)
         assert torch.equal(small(images), inputs)
         assert torch.equal(small.forward_head(features), inputs)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_features_that_are_not_pooled(name: str) -> None:
+    model = create_model(name, num_classes=0, global_pool="").eval()
+    images = _images(model)
+    with torch.no_grad():
+        features = model(images)
+        assert features.ndim > 2
+        assert features.shape[0] == 2
+        model.reset_classifier(0, "avg")
+        assert model(images).shape == (2, model.head_hidden_size)
+        model.reset_classifier(0, "")
+        assert torch.equal(model(images), features)
+    with pytest.raises((ChiasmError, ValueError, AssertionError)):
+        model.reset_classifier(0, "no such pooling")
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -59,6 +59,8 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(message.split()).rstrip(".")
+        if stray := re.match(r"Unrecognized arguments: (.*)", message, re.IGNORECASE):
+            message = f"'{stray[1]}' is out of place: what goes without a flag stands together, before the options"
         if wrong := re.match(r'Parser key "(\w+)"(?: element \d+)?: Expected an? (.*)\. Got value: (.*)', message):
             key, kind, value = wrong.groups()
             flag = f"--{key.replace('_', '-')}"
@@ -104,7 +106,13 @@ def _run(argv: list[str]) -> int:
     flags = _parse(verb, config_class, rest)
     if flags is None:
         return 0
-    config = config_class.from_flags(**flags)  # refuse what is missing before torch is imported
+    try:
+        config = config_class.from_flags(**flags)  # refuse what is missing before torch is imported
+    except ChiasmError as error:
+        given = [f"--{name.replace('_', '-')}" for name in _lists(config_class) if flags.get(name)]
+        if not given:
+            raise
+        raise ChiasmError(f"{error} {given[-1]} takes all words that follow it: put it last.") from error
     module = import_module(f"chiasm.verbs.{verb}")
     return module.show(getattr(module, function)(**flags), config)
 
@@ -123,15 +131,29 @@ def _parse(verb: str, config_class: type[Config], argv: list[str]) -> dict[str, 
     given = vars(parser.parse_args(argv, defaults=False))
     print_config = given.pop("print_config", False)
     path = given.pop("config", None)
-    positional = [f.name for f in fields(config_class) if f.metadata.get("positional")]
     # A positional that was not given stands here as None; of the others only those given do, 'null' among their values.
+    positional = _positionals(config_class)
     flags = {key: value for key, value in given.items() if value is not None or key not in positional}
     if path:
-        flags = _read_settings(path, parser, config_class) | flags
+        content = _read_settings(path, parser, config_class)
+        flags = {key: value for key, value in content.items() if value is not None or key not in positional} | flags
     if print_config:
-        print(config_class.from_flags(**{name: f"<{name}>" for name in positional} | flags).to_yaml(), end="")
+        config = config_class.from_flags(**dict.fromkeys(positional, "-") | flags)
+        print(config.to_yaml(without=[name for name in positional if name not in flags]), end="")
         return None
     return flags
+
+
+def _positionals(config_class: type[Config]) -> list[str]:
+    return [f.name for f in fields(config_class) if f.metadata.get("positional")]
+
+
+def _lists(config_class: type[Config]) -> list[str]:
+    """The options that take several words."""
+    hints = get_type_hints(config_class)
+    return [
+        f.name for f in fields(config_class) if get_origin(hints[f.name]) is list and not f.metadata.get("positional")
+    ]
 
 
 def _read_settings(path: str, parser: ArgumentParser, config_class: type[Config]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Torch is not imported here, so `chiasm --help` is instant.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -92,8 +93,10 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+    def to_yaml(self, without: Sequence[str] = ()) -> str:
+        """Every setting; those in `without` as null, which reads back as not given."""
+        values = self.to_dict() | dict.fromkeys(without)
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True, kw_only=True)

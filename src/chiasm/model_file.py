@@ -44,6 +44,8 @@ class ModelInfo:
         labels: the class names in the order of the logits.
         preprocess: how an image becomes the input.
         data: what it was trained on, as it was named to `train`.
+        seed, val_fraction: how its val split was drawn, where the data had none of its own.
+        fingerprint: of the images it was trained and validated on (`ImageData.fingerprint`).
         trained: False for random weights.
     """
 
@@ -53,6 +55,9 @@ class ModelInfo:
     labels: tuple[str, ...]
     preprocess: Preprocess
     data: str | None = None
+    seed: int | None = None
+    val_fraction: float | None = None
+    fingerprint: str | None = None
     trained: bool = True
 
 
@@ -249,6 +254,9 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> ModelInfo:
             labels=tuple(str(label) for label in content["labels"]),
             preprocess=_parse_preprocess(content["preprocess"]),
             data=content["data"],
+            seed=content.get("seed"),
+            val_fraction=content.get("val_fraction"),
+            fingerprint=content.get("fingerprint"),
             trained=bool(content["trained"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -174,6 +174,9 @@ class TrainLoader(_Loader):
         order = self.order(epoch)
         batches = [[(epoch, i) for i in order[b * size : (b + 1) * size]] for b in range(start, self._length)]
         for given, batch in enumerate(self._read(batches), start=start + 1):
+            if not len(batch[0]):
+                first = self.failures[0]
+                raise DataError(f"none of the {len(order)} training images can be read; the first: {first}")
             self.batch = given
             yield batch
         self.batch = 0
@@ -226,7 +229,10 @@ class _TrainImages(_Images):
         before = torch.default_generator.get_state()
         try:
             for epoch, index in keys:
-                chosen, image = self._readable(index, failures)
+                readable = self._readable(index, failures)
+                if readable is None:  # the loader's own process says so: a worker's error comes with its traceback
+                    return torch.empty(0), torch.empty(0, dtype=torch.int64), failures
+                chosen, image = readable
                 # The generator itself, for `torch.manual_seed` also seeds every accelerator: 100 times the cost.
                 torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
                 images.append(self.transform.finish(image))
@@ -235,14 +241,15 @@ class _TrainImages(_Images):
             torch.default_generator.set_state(before)
         return torch.stack(images), torch.tensor(labels), failures
 
-    def _readable(self, index: int, failures: _Failures) -> tuple[int, Tensor]:
+    def _readable(self, index: int, failures: _Failures) -> tuple[int, Tensor] | None:
+        """The image `index`, or the next that can be read, with its index; None when there is none."""
         count = len(self.split)
         for chosen in (*range(index, count), *range(index)):
             try:
                 return chosen, self.prepared(chosen)
             except ImageError as error:
                 failures.append((error.path, error.reason))
-        raise DataError(f"none of the {count} training images can be read; the first: {': '.join(failures[0])}")
+        return None
 
 
 class _EvalImages(_Images):

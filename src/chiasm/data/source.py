@@ -10,6 +10,7 @@ hf:NAME                            a data set of the HF hub, or a local folder o
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -119,6 +120,18 @@ class ImageData:
         if name not in self.splits:
             raise DataError(f"{self.name}: no split '{name}'; it has {', '.join(self.splits)}.")
         return self.splits[name]
+
+    def fingerprint(self) -> str:
+        """16 hex digits, the same for the same images divided the same way, wherever the folder lies.
+
+        Made of the classes and of the file names and labels of train and val, not of what is in the files.
+        """
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for split in (self.splits.get(TRAIN), self.splits.get(VAL)):
+            if split is not None:
+                digest.update(repr([Path(source).name for source in split.sources]).encode())
+                digest.update(repr(list(split.labels)).encode())
+        return digest.hexdigest()[:16]
 
 
 def open_data(spec: str, *, val_fraction: float = 0.2, seed: int = 0, strict: bool = True) -> ImageData:

@@ -1,9 +1,7 @@
-"""What is checked before training, and what tells whether a resumed run sees the data it began with."""
+"""What is checked before training."""
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chiasm.config import TrainConfig
@@ -59,13 +57,3 @@ def check_data(data: ImageData) -> None:
     for name in ("train", "val"):
         if name not in data.splits or not len(data.splits[name]):
             raise DataError(f"{data.name}: no {name} images; see 'chiasm data' for what is there.")
-
-
-def fingerprint(data: ImageData) -> str:
-    """The same for the same images wherever the folder lies: classes, and each split's file names and labels."""
-    digest = hashlib.sha256(repr(data.classes).encode())
-    for name in ("train", "val"):
-        split = data.splits[name]
-        digest.update(repr([Path(source).name for source in split.sources]).encode())
-        digest.update(repr(list(split.labels)).encode())
-    return digest.hexdigest()[:16]

@@ -25,7 +25,7 @@ from chiasm.engine.progress import Show
 from chiasm.engine.run_folder import RunFolder
 from chiasm.engine.shards import own_padded_share, own_share
 from chiasm.engine.state import RunState, Stopwatch
-from chiasm.errors import ChiasmError, DataError
+from chiasm.errors import ChiasmError, DataError, TrainingError
 from chiasm.model_file import ModelInfo
 from chiasm.tasks.classify import Classify
 
@@ -55,9 +55,11 @@ def fit(
         ChiasmError: for devices or a precision that this machine does not have.
     """
     with _quiet():
+        state.precision = state.precision or _precision(config)  # a resumed run computes as it began
         trainer = _make_trainer(
             config,
-            logger=make_loggers(config, run, purge_from=state.updates + 1 if resume else 0),
+            precision=state.precision,
+            logger=make_loggers(config, run, run_id=state.id, purge_from=state.updates + 1 if resume else 0),
             callbacks=[
                 Show(console),
                 Checkpoints(run, info, config.checkpoint_minutes, config.accumulate, interrupt),
@@ -105,6 +107,12 @@ def fit(
                 trainer.fit(module, ckpt_path=str(run.last) if resume else None, weights_only=True)
         except ChiasmError:
             raise
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"out of memory on {module.device} with batches of {config.batch_size}: {str(error).splitlines()[0]} "
+                "Give a smaller --batch-size with --accumulate to make up for it, --grad-checkpointing, or a smaller "
+                "--image-size."
+            ) from error
         except Exception as error:
             # A signal to the whole process group also ends the workers that read images: then that is what fails.
             if interrupt.received is None:
@@ -123,7 +131,6 @@ def _make_trainer(config: TrainConfig, **parts: Any) -> pl.Trainer:
             devices=int(config.devices) if str(config.devices).isdigit() else config.devices,
             num_nodes=config.num_nodes,
             strategy=config.strategy,
-            precision=_precision(config),
             max_epochs=-1 if config.max_minutes is not None else config.epochs,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.clip_grad,
@@ -140,7 +147,7 @@ def _make_trainer(config: TrainConfig, **parts: Any) -> pl.Trainer:
         raise ChiasmError(f"this machine cannot train so: {' '.join(str(error).split())}") from error
 
 
-def _precision(config: TrainConfig) -> Any:
+def _precision(config: TrainConfig) -> str:
     on_cpu = config.accelerator == "cpu" or not _has_accelerator()
     if config.precision == "16" and on_cpu:
         raise ChiasmError("precision 16 needs a GPU; use --precision bf16 or 32 on a CPU.")

@@ -11,8 +11,10 @@ from chiasm.engine.run_folder import RunFolder
 from chiasm.errors import ChiasmError, UnknownNameError
 
 
-def make_loggers(config: TrainConfig, run: RunFolder, purge_from: int) -> list[Logger]:
+def make_loggers(config: TrainConfig, run: RunFolder, *, run_id: str, purge_from: int) -> list[Logger]:
     """The loggers of `config`. On resume, what was logged from optimiser step `purge_from` on is made again.
+
+    `run_id` is what the run is known by where many are kept.
 
     Raises:
         ChiasmError: for Weights & Biases where it is not installed.
@@ -30,7 +32,10 @@ def make_loggers(config: TrainConfig, run: RunFolder, purge_from: int) -> list[L
                 raise ChiasmError("wandb is not installed; pip install wandb, or leave it out of --loggers.")
             from pytorch_lightning.loggers import WandbLogger
 
-            loggers.append(WandbLogger(project="chiasm", name=run.path.name, save_dir=str(run.path)))
+            # The same identifier on resume, so that the run goes on there too.
+            loggers.append(
+                WandbLogger(project="chiasm", name=run.path.name, id=run_id, resume="allow", save_dir=str(run.path))
+            )
         else:
             raise UnknownNameError("logger", name, ["tensorboard", "wandb"])
     return loggers

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import pytorch_lightning as pl
@@ -186,7 +187,7 @@ class Training(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Close the epoch: its row, the best score, what comes next."""
         self.settle_losses()
-        sums = {name: self._sum_of_processes(value) for name, value in self._val_sums.items()}
+        sums = self._sums_of_all_processes()
         images = sums.pop("images", 0.0)
         if not images:
             raise DataError("none of the val images can be read; see 'chiasm data' for which and why.")
@@ -229,11 +230,13 @@ class Training(pl.LightningModule):
     def _add(self, name: str, value: float) -> None:
         self._val_sums[name] = self._val_sums.get(name, 0.0) + value
 
-    def _sum_of_processes(self, value: float) -> float:
-        """In float32 on the device only where processes share it: Apple's devices have no float64."""
-        if self.trainer.world_size == 1:
-            return value
-        return float(self.trainer.strategy.reduce(torch.tensor(value, device=self.device), reduce_op="sum"))
+    def _sums_of_all_processes(self) -> dict[str, float]:
+        """As objects, since a process none of whose images can be read has no sums at all."""
+        parts: list[Any] = [self._val_sums]
+        if self.trainer.world_size > 1:
+            parts *= self.trainer.world_size
+            torch.distributed.all_gather_object(parts, self._val_sums)
+        return {name: sum(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(chain(*parts))}
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 

@@ -20,7 +20,9 @@ from chiasm.errors import ChiasmError, ModelFileError, TrainingError
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 # What may differ on resume: it changes how fast and where, not what comes out.
-FREE_ON_RESUME = frozenset({"resume", "data", "workers", "cache", "checkpoint_minutes", "loggers", "accelerator"})
+FREE_ON_RESUME = frozenset(
+    {"resume", "data", "workers", "cache", "checkpoint_minutes", "loggers", "accelerator", "devices"}
+)
 
 
 @dataclass(frozen=True)

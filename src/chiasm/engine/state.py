@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from uuid import uuid4
 
 
 @dataclass(kw_only=True)
@@ -26,7 +27,9 @@ class RunState:
         history: one row per completed epoch, the lines of metrics.csv.
         finished: nothing is left to do.
         world_size: processes that train together.
+        precision: what `auto` came to on the machine the run began on, in Lightning's words.
         data: fingerprint of the data trained on.
+        id: what the run is known by where many are kept.
     """
 
     epoch: int = 0
@@ -43,7 +46,9 @@ class RunState:
     history: list[dict[str, float]] = field(default_factory=list)
     finished: bool = False
     world_size: int = 1
+    precision: str = ""
     data: str = ""
+    id: str = field(default_factory=lambda: uuid4().hex)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -51,6 +51,7 @@ Coupling = Literal["both", "map_to_tokens", "tokens_to_map", "none"]
 Branches = Literal["both", "conv", "tokens"]
 Supervision = Literal["both", "conv", "tokens"]
 HeadFusion = Literal["logits", "features"]
+GlobalPool = Literal["avg", ""]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +189,7 @@ class Conformer(nn.Module):
         config: sizes and options.
         num_classes: 0 gives the concatenated pooled features (B, head_hidden_size) in place of logits.
         in_chans: input channels.
+        global_pool: 'avg' pools the features for the heads; '' leaves them as they are, which takes num_classes=0.
         drop_rate: dropout in front of the heads.
         attn_drop_rate: dropout on attention weights.
         drop_path_rate: stochastic depth of the last Transformer block, rising linearly from 0; none in the conv branch.
@@ -199,6 +201,7 @@ class Conformer(nn.Module):
         *,
         num_classes: int = 1000,
         in_chans: int = 3,
+        global_pool: GlobalPool = "avg",
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -233,6 +236,7 @@ class Conformer(nn.Module):
         self.num_features = widths[self.branches[0]]
         self.head_hidden_size = sum(self.head_widths.values())
         self.head_drop = nn.Dropout(drop_rate)
+        self.global_pool = _check_pool(global_pool, num_classes)
         self.heads = self._heads(num_classes)
 
         # The authors' pyramid: the maps behind the last block of each stage and behind the last but one block.
@@ -294,7 +298,12 @@ class Conformer(nn.Module):
         return self._leave(x, tokens)
 
     def forward_head(self, features: tuple[Tensor, ...], pre_logits: bool = False) -> Tensor:
-        """The mean of the heads' logits (B, num_classes), or with `pre_logits` their inputs side by side."""
+        """The mean of the heads' logits (B, num_classes), or with `pre_logits` their inputs side by side.
+
+        With global_pool='' the map (B, C, H', W') itself, of the tokens branch alone the tokens (B, 1 + N, D).
+        """
+        if not self.global_pool:
+            return features[0]
         pooled = self._pool(features)
         if pre_logits or self.num_classes == 0:
             return torch.cat(list(pooled.values()), dim=1)
@@ -407,11 +416,8 @@ class Conformer(nn.Module):
         return self.heads
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New heads for `num_classes`; 0 removes them. The pooling is the model's own, so `global_pool` is refused."""
-        if global_pool is not None:
-            raise ValueError(
-                f"global_pool '{global_pool}': a Conformer pools its map by the mean and takes the class token."
-            )
+        """New heads for `num_classes`; 0 removes them. `global_pool` as at creation, None keeps it."""
+        self.global_pool = _check_pool(self.global_pool if global_pool is None else global_pool, num_classes)
         self.num_classes = num_classes
         reference = next(self.parameters())
         self.heads = self._heads(num_classes).to(device=reference.device, dtype=reference.dtype)
@@ -433,6 +439,14 @@ class Conformer(nn.Module):
         if "tokens" in self.branches:
             trunc_normal_(self.cls_token, std=0.02)
         named_apply(_init_module, self)
+
+
+def _check_pool(global_pool: str, num_classes: int) -> str:
+    if global_pool not in ("avg", ""):
+        raise ChiasmError(f"global_pool='{global_pool}': expected 'avg' (the map's mean and the class token) or ''.")
+    if not global_pool and num_classes:
+        raise ChiasmError(f"global_pool='' gives no input for a head: take num_classes=0, not {num_classes}, with it.")
+    return global_pool
 
 
 def _freeze_unread(block: nn.Module) -> None:

@@ -5,7 +5,7 @@ The one verb that is made of others: check the data, train, evaluate, and a pict
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +42,10 @@ def demo(**flags: Any) -> DemoResult:
     The keyword arguments are the fields of `DemoConfig`. An interrupted demonstration goes on where it was.
 
     Raises:
-        ChiasmError: when `out` holds something else.
+        ChiasmError: when `out` holds something else, or a demonstration of another seed.
     """
     from chiasm.data import open_data
+    from chiasm.engine.run_folder import RunFolder
     from chiasm.predictor import load
     from chiasm.verbs.evaluate import evaluate
     from chiasm.verbs.train import train
@@ -53,6 +54,10 @@ def demo(**flags: Any) -> DemoResult:
     out = Path(config.out)
     run = out / "run"
     if run.exists():
+        trained = RunFolder.open(str(run))[1]
+        if flags.get("seed") is not None and config.seed != trained.seed:
+            raise ChiasmError(f"{out}: was made with --seed {trained.seed}; name another folder with --out.")
+        config = replace(config, seed=trained.seed)  # or the images measured could be those that chose the epoch
         train(resume=str(run))
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ChiasmError(f"{out}: holds something else; name another folder with --out.")

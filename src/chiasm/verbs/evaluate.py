@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chiasm.config import EvaluateConfig, read_yaml
+from chiasm.config import EvaluateConfig
 from chiasm.errors import ChiasmError, DataError, ImageError, nearest
 
 if TYPE_CHECKING:
@@ -103,8 +103,8 @@ class EvaluationResult:
 def evaluate(**flags: Any) -> EvaluationResult:
     """Measure a model on labelled images; the keyword arguments are the fields of `EvaluateConfig`.
 
-    Without `data`, and wherever `data` is what the run was trained on, the run's own split is used, so that no
-    training image is measured by mistake. metrics.json and report.html are written to `out`.
+    The val split of data that has none of its own is drawn as it was for training, so that no training image is
+    measured by mistake; where that cannot be known, `notes` say so. metrics.json and report.html are written to `out`.
 
     Raises:
         ModelFileError, UnknownNameError: when `model` names none.
@@ -125,8 +125,8 @@ def evaluate(**flags: Any) -> EvaluationResult:
         raise ChiasmError(
             f"{config.model} does not say what it was trained on: give the data, chiasm evaluate MODEL DATA."
         )
-    seed, val_fraction = _split_settings(config, flags, info, run)
-    data = open_data(spec, val_fraction=val_fraction, seed=seed, strict=False)
+    drawn = _split_settings(config, flags, info)
+    data = open_data(spec, strict=False, **drawn)
     split = _split(data, config.split)
     if not info.trained and not Path(config.model).exists():
         # An architecture's name: random weights know no classes, so let them be the data's.
@@ -136,6 +136,8 @@ def evaluate(**flags: Any) -> EvaluationResult:
     if not info.trained:
         notes.insert(0, "The weights are random: these numbers are chance, not knowledge.")
     notes += data.notes if config.split != ALL else ()
+    if info.trained:
+        notes += _trained_on(data, spec, config.split, drawn, info)
     for content in notes:
         _log.warning("%s", content)
 
@@ -255,16 +257,34 @@ def _run_folder(ref: str) -> Path | None:
     return folder if Path(ref).expanduser().exists() and (folder / "config.yaml").is_file() else None
 
 
-def _split_settings(
-    config: EvaluateConfig, flags: dict[str, Any], info: ModelInfo, run: Path | None
-) -> tuple[int, float]:
-    """Seed and share of the split: those given, else the run's where the data is its own, else the defaults."""
-    seed, val_fraction = config.seed, config.val_fraction
-    if run is not None and (config.data is None or _same(config.data, info.data)):
-        trained = read_yaml(run / "config.yaml")
-        seed = flags.get("seed", trained.get("seed", seed))
-        val_fraction = flags.get("val_fraction", trained.get("val_fraction", val_fraction))
-    return seed, val_fraction
+def _split_settings(config: EvaluateConfig, flags: dict[str, Any], info: ModelInfo) -> dict[str, Any]:
+    """Seed and share of a val split that must be drawn: those given, else the training's, else the defaults."""
+    return {
+        name: flags[name] if flags.get(name) is not None else default if stored is None else stored
+        for name, stored, default in (
+            ("seed", info.seed, config.seed),
+            ("val_fraction", info.val_fraction, config.val_fraction),
+        )
+    }
+
+
+def _trained_on(data: ImageData, spec: str, split: str, drawn: dict[str, Any], info: ModelInfo) -> Iterator[str]:
+    """What is to be said where images that the model was trained on may be among those measured."""
+    if data.fingerprint() == info.fingerprint:
+        if split in ("train", ALL):
+            yield "The model was trained on images of this split: these numbers say how well it remembers them."
+    elif drawn != {"seed": info.seed, "val_fraction": info.val_fraction} and info.fingerprint:
+        yield (
+            f"The model was trained with seed {info.seed} and val_fraction {info.val_fraction}, not with these: if "
+            "this is the data it was trained on, images it was trained on are measured."
+        )
+    elif _same(spec, info.data):
+        yield (
+            "The model file does not say which images it was trained on: some may be measured here."
+            if info.fingerprint is None
+            else "Images have been added, taken away or renamed since training: some that it was trained on may be "
+            "measured here."
+        )
 
 
 def _same(one: str, other: str | None) -> bool:

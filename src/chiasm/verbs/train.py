@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chiasm.config import TrainConfig
-from chiasm.engine.checks import check_data, check_settings, fingerprint
+from chiasm.engine.checks import check_data, check_settings
 from chiasm.engine.run_folder import RunFolder, resumed_config
 from chiasm.errors import ChiasmError, DataError, InterruptedRunError, TrainingError
 
@@ -117,7 +117,7 @@ def _train(config: TrainConfig, run: RunFolder | None, watch: Any, interrupt: An
     assert config.data is not None
     data = open_data(config.data, val_fraction=config.val_fraction, seed=config.seed)
     check_data(data)
-    seen = fingerprint(data)
+    seen = data.fingerprint()
     if resume and state.data != seen:
         raise DataError(f"{config.data}: not the images this run was started on; put them back or start a new run.")
     model, model_args, loaded = build_model(config, len(data.classes), load=not resume)
@@ -131,6 +131,9 @@ def _train(config: TrainConfig, run: RunFolder | None, watch: Any, interrupt: An
         labels=data.classes,
         preprocess=preprocess,
         data=config.data,
+        seed=config.seed,
+        val_fraction=config.val_fraction,
+        fingerprint=seen,
     )
     weights = balanced_weights(data) if config.class_weights == "balanced" else None
     task = Classify(model, data.classes, label_smoothing=config.label_smoothing, class_weights=weights)
