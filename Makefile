@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "chiasm needs Python 3.11 or newer; saw $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing chiasm and its dev extra into $(VENV) (about 6 GB with the CUDA wheels; README has the light way)"
+	@echo "Installing chiasm and its dev extra into $(VENV) (about 6 GB with the CUDA wheels; README has the light way; a .venv with PyTorch in it is kept)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 

@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """LayerNorm, attention, LayerNorm, MLP with GELU, residuals with stochastic depth; tokens (B, N, D) -> the same."""
+    """LayerNorm, attention, LayerNorm, MLP, residuals with stochastic depth; tokens (B, N, D) -> the same."""
 
     def __init__(
         self,
@@ -40,12 +40,13 @@ class TransformerBlock(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         eps: float = 1e-6,
+        act: type[nn.Module] = nn.GELU,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads=heads, qkv_bias=qkv_bias, attn_drop=attn_drop)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, tokens: Tensor) -> Tensor:
