@@ -406,6 +406,32 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_last_good_checkp
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
 
 
+@register_model
+def greedy(pretrained: bool = False, num_classes: int = 3, **kwargs: Any) -> nn.Module:
+    """A net that asks for more memory than any machine has."""
+
+    class Greedy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, num_classes)
+            self.num_classes = num_classes
+
+        def get_classifier(self) -> nn.Module:
+            return self.fc
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.mean((2, 3))) + (torch.empty(2**50).sum() if self.training else 0)
+
+    return Greedy()
+
+
+def test_too_little_memory_is_told(train: Callable[..., TrainResult]) -> None:
+    with pytest.raises(
+        TrainingError, match=r"batches of \d+ do not fit into the memory of cpu; give a smaller --batch"
+    ):
+        train(model="greedy", model_args={})
+
+
 def test_a_rate_far_too_high_is_told(train: Callable[..., TrainResult], tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="lower --lr"):
         train(optimizer="sgd", lr=1e6, clip_grad=None, epochs=8, warmup_epochs=0)

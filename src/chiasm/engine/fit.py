@@ -107,13 +107,12 @@ def fit(
                 trainer.fit(module, ckpt_path=str(run.last) if resume else None, weights_only=True)
         except ChiasmError:
             raise
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"out of memory on {module.device} with batches of {config.batch_size}: {str(error).splitlines()[0]} "
-                "Give a smaller --batch-size with --accumulate to make up for it, --grad-checkpointing, or a smaller "
-                "--image-size."
-            ) from error
         except Exception as error:
+            if _is_out_of_memory(error):
+                raise TrainingError(
+                    f"batches of {config.batch_size} do not fit into the memory of {module.device}; give a smaller "
+                    "--batch-size with --accumulate to make up for it, --grad-checkpointing, or a smaller --image-size."
+                ) from error
             # A signal to the whole process group also ends the workers that read images: then that is what fails.
             if interrupt.received is None:
                 raise
@@ -163,6 +162,11 @@ def _cpu_has_bf16() -> bool:
 
 def _gpu_has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU it is a plain RuntimeError, known by its words.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _has_accelerator() -> bool:
