@@ -9,9 +9,9 @@ import timm
 from torch import nn
 
 from chiasm.errors import UnknownNameError
-from chiasm.models import conformer, mobilevit, mobilevitv2
+from chiasm.models import conformer, mobilevit, mobilevitv2, swin
 
-ARCHITECTURES = (conformer, mobilevit, mobilevitv2)  # one line per architecture
+ARCHITECTURES = (conformer, mobilevit, mobilevitv2, swin)  # one line per architecture
 
 
 def list_models(pattern: str = "", all: bool = False) -> list[str]:
