@@ -1,4 +1,4 @@
-"""Weights from elsewhere: every published dialect, the fate of every key, and nothing run from a file."""
+"""Weights from elsewhere into a model: the fate of every key, every kind of source, and nothing run from a file."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ import chiasm
 from chiasm.config import Preprocess
 from chiasm.errors import CheckpointError
 from chiasm.model_file import ModelInfo, save_model
-from chiasm.models import conformer, create_model, list_models
-from chiasm.models.checkpoints import OWN_NAMES, Dialect, WeightsReport, load_weights
+from chiasm.models import conformer, create_model
+from chiasm.models.checkpoints import OWN_NAMES, WeightsReport, load_weights
+from chiasm.models.dialects import Dialect
 
 NAME = "conformer_nano_patch4_32"
 AUTHORS, OPENMMLAB = conformer.DIALECTS
@@ -36,7 +37,7 @@ def _build(name: str = NAME, *, seed: int = 0, **options: Any) -> nn.Module:
 
 
 def _in(dialect: Dialect, model: nn.Module) -> dict[str, Tensor]:
-    return {str(dialect.to_theirs(key)): value.clone() for key, value in model.state_dict().items()}
+    return {key: value.clone() for key, value in dialect.write(model.state_dict()).items()}
 
 
 def _same(first: nn.Module, second: nn.Module) -> bool:
@@ -53,48 +54,6 @@ def _account(report: WeightsReport, content: Mapping[str, Any], model: nn.Module
 
 
 # ------------------------------------------------------------------------------------------------------------ dialects
-
-
-@pytest.mark.parametrize("dialect", conformer.DIALECTS, ids=lambda dialect: dialect.name)
-@pytest.mark.parametrize("name", list_models("conformer"))
-def test_the_table_names_every_weight_both_ways(name: str, dialect: Dialect) -> None:
-    with torch.device("meta"):
-        keys = list(create_model(name).state_dict())
-    theirs = [dialect.to_theirs(key) for key in keys]
-    assert None not in theirs
-    assert len(set(theirs)) == len(keys)
-    assert [dialect.to_ours(str(key)) for key in theirs] == keys
-
-
-def test_the_names_are_the_published_ones() -> None:
-    """Spot checks, written by hand from the description of both code bases' checkpoints."""
-    for ours, authors, openmmlab in [
-        ("stem.bn.running_var", "bn1.running_var", "backbone.bn1.running_var"),
-        ("patch_embed.bias", "trans_patch_conv.bias", "backbone.trans_patch_conv.bias"),
-        ("blocks.0.conv_in.shortcut_bn.bias", "conv_1.residual_bn.bias", "backbone.conv_1.residual_bn.bias"),
-        ("blocks.0.transformer.norm1.weight", "trans_1.norm1.weight", "backbone.trans_1.ln1.weight"),
-        (
-            "blocks.11.transformer.mlp.fc1.bias",
-            "conv_trans_12.trans_block.mlp.fc1.bias",
-            "backbone.conv_trans_12.trans_block.ffn.layers.0.0.bias",
-        ),
-        (
-            "blocks.1.transformer.mlp.fc2.weight",
-            "conv_trans_2.trans_block.mlp.fc2.weight",
-            "backbone.conv_trans_2.trans_block.ffn.layers.1.weight",
-        ),
-        (
-            "blocks.4.down.norm.weight",
-            "conv_trans_5.squeeze_block.ln.weight",
-            "backbone.conv_trans_5.squeeze_block.ln.weight",
-        ),
-        ("norm.weight", "trans_norm.weight", "backbone.trans_norm.weight"),
-        ("heads.conv.weight", "conv_cls_head.weight", "head.conv_cls_head.weight"),
-        ("heads.tokens.bias", "trans_cls_head.bias", "head.trans_cls_head.bias"),
-    ]:
-        assert (AUTHORS.to_theirs(ours), OPENMMLAB.to_theirs(ours)) == (authors, openmmlab)
-    assert AUTHORS.to_ours("optimizer.state") is None
-    assert AUTHORS.to_ours("conv_trans_12x.cnn_block.conv1.weight") is None
 
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "module.model."])

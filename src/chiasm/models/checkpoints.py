@@ -1,34 +1,27 @@
 """Weights from elsewhere into a model, with an account of every key.
 
-Published checkpoints name the same weights in their own ways ("dialects"). An architecture states them as tables beside
-its model (`DIALECTS` in its file); for timm's models, timm's own `checkpoint_filter_fn` is asked. Everything is checked
-before the first weight is copied, and no code is run from a file.
+Published checkpoints name and lay out the same weights in their own ways (`chiasm.models.dialects`). Which way a file
+follows is found by trying each; for timm's models, timm's own `checkpoint_filter_fn` is asked. Everything is checked
+before the first weight is copied.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import os
-import pickle
-import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from chiasm.errors import CheckpointError
+from chiasm.models.checkpoint_file import read_checkpoint
+from chiasm.models.dialects import Dialect, Weight
 
 # Where training checkpoints keep their weights, best first: averaged ones only where there are no others, since most
 # trainers that keep both measure and publish the plain ones.
@@ -38,7 +31,10 @@ WEIGHTS_UNDER = (
 )  # fmt: skip
 
 OWN_NAMES = "the model's own names"
-HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # as torch.hub and OpenMMLab write it
+NAMES_TIMM_CONVERTS = "names that timm converts"
+
+# Entries of published files that are computed from the model's sizes; ours are not stored.
+MADE_BY_THE_MODEL = ("relative_position_index", "attn_mask", "num_batches_tracked")
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -63,8 +59,9 @@ class WeightsReport:
         naming: whose names the file uses.
         loaded: loaded under the same name.
         renamed: loaded, by the file's name: the model's.
-        adapted: by the file's name: the model's, and what was done (classifier reset, input channels changed ...);
-            where timm merges several entries into one weight, by the model's name.
+        adapted: by the file's name: the model's, and what was done (query, key and value joined, columns reordered,
+            channels from BGR to RGB, classifier reset ...); several entries may go into one weight. Where timm merges
+            them, by the model's name.
         left_out: by the file's name: why the model did not take it.
         missing: weights of the model that the file lacks; they stay as they were initialised.
     """
@@ -104,138 +101,128 @@ class WeightsReport:
         return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------- dialects
+# ------------------------------------------------------------------------------------------------------------- readings
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dialect:
-    """How another code base names the weights of an architecture. Both directions, no tensor changes.
+class Way(NamedTuple):
+    """One way to read a file: what stands in front of its names, and whose they are (None for the model's own)."""
 
-    Attributes:
-        name: whose names, in words.
-        starts: pairs (ours, theirs) of a key's beginning, the first that fits counts; '{i}' stands for a number and
-            '{i+1}' for that number plus one.
-        parts: pairs (ours, theirs) of whole parts (between dots) of what follows the beginning.
-    """
+    prefix: str
+    dialect: Dialect | None
 
-    name: str
-    starts: tuple[tuple[str, str], ...]
-    parts: tuple[tuple[str, str], ...] = ()
+    @property
+    def naming(self) -> str:
+        return self.dialect.name if self.dialect else OWN_NAMES
 
-    def to_ours(self, key: str) -> str | None:
-        """Our name of their `key`; None when it is none of theirs."""
-        return self._translate(key, 1, 0)
+    def entries(self, state: Iterable[str]) -> dict[str, str]:
+        """The file's keys by their name without the prefix; those that have it win over others of the same name."""
+        entries: dict[str, str] = {}
+        for key in sorted(state, key=lambda key: not key.startswith(self.prefix)):
+            entries.setdefault(key.removeprefix(self.prefix), key)
+        return entries
 
-    def to_theirs(self, key: str) -> str | None:
-        """Their name of our `key`; None when they have no such weight."""
-        return self._translate(key, 0, 1)
-
-    def _translate(self, key: str, source: int, target: int) -> str | None:
-        for start in self.starts:
-            if found := _pattern(start[source]).match(key):
-                i = int(found[1]) - ("{i+1}" in start[source]) if found.groups() else 0
-                begin = start[target].replace("{i}", str(i)).replace("{i+1}", str(i + 1))
-                rest = key[found.end() :] + "."
-                for part in self.parts:
-                    rest = rest.replace(f".{part[source]}.", f".{part[target]}.")
-                return begin + rest[:-1]
-        return None
+    def read(self, state: Mapping[str, Tensor]) -> dict[str, Weight]:
+        """The weights by our names."""
+        entries = self.entries(state)
+        if self.dialect is None:
+            return {bare: Weight(state[key], (key,), "") for bare, key in entries.items()}
+        weights = self.dialect.read({bare: state[key] for bare, key in entries.items()})
+        return {ours: weight._replace(keys=tuple(entries[k] for k in weight.keys)) for ours, weight in weights.items()}
 
 
-@cache
-def _pattern(start: str) -> re.Pattern[str]:
-    """A key that begins with `start`, whose '{i}' or '{i+1}' is a number."""
-    return re.compile(re.sub(r"\\{i(\\\+1)?\\}", r"(\\d+)", re.escape(start)) + r"(?=\.|$)")
+def ways_to_read(state: Iterable[str], dialects: Iterable[Dialect]) -> list[Way]:
+    """Every way to read a file with these keys."""
+    return [Way(prefix, dialect) for prefix in _prefixes(list(state)) for dialect in (None, *dialects)]
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same entries without numbers: all that is needed to find how a file is to be read."""
+    return {key: torch.empty(value.shape, dtype=value.dtype, device="meta") for key, value in state.items()}
+
+
+def fitting(expected: Mapping[str, Tensor], weights: Mapping[str, Weight]) -> tuple[int, int]:
+    """How many of a model's weights are there in their shape, and how many are there at all."""
+    there = [key for key in expected if key in weights]
+    return sum(expected[key].shape == weights[key].value.shape for key in there), len(there)
 
 
 def renamed_for(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A published state dict (or the checkpoint around it) under the model's names, as timm's `checkpoint_filter_fn`.
+    """A published state dict (or the checkpoint around it) as the model's, as timm's `checkpoint_filter_fn`.
 
-    Entries that the model has no name for keep theirs, so that strict loading still finds them.
+    Entries that the model has no place for keep their name, so that strict loading still finds them; buffers that it
+    makes itself go.
     """
-    state, _ = _unwrap(state_dict)
-    reading = _read_keys(model, state)
-    return {reading.names.get(key, key): value for key, value in state.items()}
+    state, _ = unwrap(state_dict)
+    way = _best_way(model, state)
+    expected, weights = model.state_dict(), way.read(state)
+    result: dict[str, Any] = {}
+    used: set[str] = set()
+    for ours, weight in weights.items():
+        if ours in expected:
+            fitted = _adapt(model, ours, weight.value, expected[ours])
+            result[ours] = weight.value if fitted is None else fitted[0]
+            used.update(weight.keys)
+    return result | {key: value for key, value in state.items() if key not in used and not _is_made(key)}
 
 
-class _Reading(NamedTuple):
-    """One way to read a file: the model's name for each of its keys that has one."""
-
-    naming: str
-    names: dict[str, str]
-    values: Mapping[str, Any]  # by the file's keys, with what timm's conversion made of them
-    notes: dict[str, str]  # by the file's keys: what timm's conversion did
+def _best_way(model: nn.Module, state: Mapping[str, Tensor]) -> Way:
+    """The way to read `state` that gives most weights of the model a value of the right shape."""
+    expected, shapes = model.state_dict(), shapes_of(state)
+    ways = ways_to_read(state, beside(model, "DIALECTS") or ())
+    return max(ways, key=lambda way: fitting(expected, way.read(shapes)))
 
 
-def _read_keys(model: nn.Module, state: Mapping[str, Any]) -> _Reading:
-    """The reading of `state` that gives most weights of the model a value of the right shape."""
-    expected = model.state_dict()
-    namings: list[tuple[str, Callable[[str], str | None]]] = [(OWN_NAMES, lambda key: key)]
-    namings += [(dialect.name, dialect.to_ours) for dialect in _beside(model, "DIALECTS") or ()]
-    readings = []
-    for prefix in _prefixes(state):
-        bare = {key: key.removeprefix(prefix) for key in state}
-        # Keys under the prefix come first, so that they win over others of the same name.
-        order = sorted(state, key=lambda key: not key.startswith(prefix)) if prefix else list(state)
-        for naming, to_ours in namings:
-            names: dict[str, str] = {}
-            taken = set()
-            for key in order:
-                ours = to_ours(bare[key])
-                if ours in expected and ours not in taken:
-                    names[key] = ours
-                    taken.add(ours)
-            readings.append(_Reading(naming, names, state, {}))
-    best = max(readings, key=lambda reading: _fitting(expected, reading))
-    return _converted_by_timm(model, best, state) or best
+def _read(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, dict[str, Weight]]:
+    """Whose names `state` has, and what it holds under the model's."""
+    way, expected = _best_way(model, state), model.state_dict()
+    weights = {ours: weight for ours, weight in way.read(state).items() if ours in expected}
+    return _converted_by_timm(model, way, weights, state) or (way.naming, weights)
 
 
-def _fitting(expected: Mapping[str, Tensor], reading: _Reading) -> tuple[int, int]:
-    same = sum(expected[ours].shape == reading.values[key].shape for key, ours in reading.names.items())
-    return same, len(reading.names)
-
-
-def _converted_by_timm(model: nn.Module, reading: _Reading, state: Mapping[str, Any]) -> _Reading | None:
-    """The reading through timm's own conversion for this model, where it has one and it fits as well or better."""
-    convert = _beside(model, "checkpoint_filter_fn")
-    if convert is None or _beside(model, "DIALECTS"):
+def _converted_by_timm(
+    model: nn.Module, way: Way, weights: Mapping[str, Weight], state: Mapping[str, Tensor]
+) -> tuple[str, dict[str, Weight]] | None:
+    """The same through timm's own conversion for this model, where it has one and it fits as well or better."""
+    convert = beside(model, "checkpoint_filter_fn")
+    if convert is None or beside(model, "DIALECTS") is not None:
         return None
-    expected = model.state_dict()
-    bare = {reading.names.get(key, key): value for key, value in state.items()}
-    origin = {id(value): key for key, value in zip(state, bare.values(), strict=True)}
-    by_name = {reading.names.get(key, key): key for key in state}
+    expected, entries = model.state_dict(), way.entries(state)
+    origin = {id(state[key]): key for key in entries.values()}
     try:
-        converted = convert(dict(bare), model)
+        converted = convert({bare: state[key] for bare, key in entries.items()}, model)
     except (KeyError, IndexError, AttributeError, ValueError, RuntimeError, AssertionError, TypeError):
         return None  # timm's conversions expect one of the layouts they know
-    names, values, notes = {}, dict(state), {}
+    result = {}
     for ours, value in converted.items():
         if ours not in expected or not isinstance(value, Tensor):
             continue
-        key = origin.get(id(value)) or by_name.get(ours, ours)
+        key = origin.get(id(value)) or entries.get(ours, ours)
+        what = ""
         if id(value) not in origin:
             before = state[key].shape if key in state else None
             shapes = f" from {tuple(before)} to {tuple(value.shape)}" if before not in (None, value.shape) else ""
-            notes[key] = f"converted by timm{shapes}"
-        names[key], values[key] = ours, value
-    result = _Reading(reading.naming if names == reading.names else "names that timm converts", names, values, notes)
-    return result if _fitting(expected, result) >= _fitting(expected, reading) else None
+            what = f"converted by timm{shapes}"
+        result[ours] = Weight(value, (key,), what)
+    if fitting(expected, result) < fitting(expected, weights):
+        return None
+    same = {ours: weight.keys for ours, weight in result.items()} == {ours: w.keys for ours, w in weights.items()}
+    return way.naming if same else NAMES_TIMM_CONVERTS, result
 
 
-def _prefixes(state: Mapping[str, Any]) -> list[str]:
+def _prefixes(keys: list[str]) -> list[str]:
     """What may stand in front of the model's names: each leading path of a fifth of the keys or more, and nothing.
 
     Averaged weights stand first: a chiasm training checkpoint keeps both, and the averaged ones are what it measured.
     """
     counts: Counter[str] = Counter()
-    for key in state:
+    for key in keys:
         parts = key.split(".")
         counts.update(".".join(parts[:depth]) + "." for depth in range(1, min(4, len(parts))))
-    common = [prefix for prefix, count in counts.items() if 5 * count >= len(state)]
+    common = [prefix for prefix, count in counts.items() if 5 * count >= len(keys)]
     return ["", *sorted(common, key=lambda prefix: not prefix.startswith("ema."))]
 
 
-def _beside(model: nn.Module, name: str) -> Any:
+def beside(model: nn.Module, name: str) -> Any:
     """What the file of the model's class defines under `name`, or None."""
     return getattr(sys.modules[type(model).__module__], name, None)
 
@@ -247,7 +234,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> We
     """Load published or own weights into `model`, whatever they are called.
 
     A classifier for another number of classes is left at its initial values, the first convolution is adapted to the
-    model's input channels as timm does; both stand in the report as adapted. Nothing is changed unless all fits.
+    model's input channels as timm does, a table of relative positions to its window: all of it stands in the report as
+    adapted. Nothing is changed unless all fits.
 
     Args:
         model: one of ours or any other module.
@@ -260,81 +248,99 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> We
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps the model
     label = "state dict" if isinstance(source, Mapping) else str(source)
-    state, left_out = _unwrap(source if isinstance(source, Mapping) else _read(source))
+    report, fresh = plan(model, source if isinstance(source, Mapping) else read_checkpoint(source), label)
+    model.load_state_dict(fresh, strict=False)
+    return report
+
+
+def plan(model: nn.Module, content: Any, label: str) -> tuple[WeightsReport, dict[str, Tensor]]:
+    """What would become of every entry of a checkpoint's `content`, and the values that the model would take.
+
+    Raises:
+        CheckpointError: when the weights are not for this model, or there are none.
+    """
+    state, left_out = unwrap(content)
     if not state:
         held = ", ".join(islice(left_out, 5)) or "nothing"
         raise CheckpointError(f"{label}: holds no weights; expected a state dict, saw {held}.")
     expected = model.state_dict()
-    reading = _read_keys(model, state)
+    naming, weights = _read(model, state)
     fresh: dict[str, Tensor] = {}
     loaded, renamed, adapted, misfits = [], {}, {}, []
-    for key, ours in reading.names.items():
-        value, wanted = reading.values[key], expected[ours]
+    for ours, (value, keys, what) in weights.items():
+        wanted = expected[ours]
         if value.shape == wanted.shape:
             fresh[ours] = value
-            if key in reading.notes:
-                adapted[key] = Adapted(ours, reading.notes[key])
+        elif is_classifier(model, ours) and value.shape[1:] == wanted.shape[1:]:
+            what = f"reset, the file has {value.shape[0]} classes and the model {wanted.shape[0]}"
+        elif (fitted := _adapt(model, ours, value, wanted)) is not None:
+            fresh[ours] = fitted[0]
+            what = "; ".join(filter(None, (what, fitted[1])))
+        else:
+            misfits.append(f"'{ours}' has shape {tuple(value.shape)}, expected {tuple(wanted.shape)}")
+        for key in keys:
+            if what:
+                adapted[key] = Adapted(ours, what)
             elif key == ours:
                 loaded.append(key)
             else:
                 renamed[key] = ours
-        elif _is_classifier(model, ours) and value.shape[1:] == wanted.shape[1:]:
-            what = f"reset, the file has {value.shape[0]} classes and the model {wanted.shape[0]}"
-            adapted[key] = Adapted(ours, what)
-        elif (stem := _adapt_stem(model, ours, value, wanted)) is not None:
-            fresh[ours] = stem
-            what = f"input channels from {value.shape[1]} to {wanted.shape[1]}"
-            adapted[key] = Adapted(ours, what)
-        else:
-            misfits.append(f"'{ours}' has shape {tuple(value.shape)}, expected {tuple(wanted.shape)}")
     if misfits or 2 * len(fresh) < len(expected):
         raise CheckpointError(_says_for_another_model(label, model, state, len(fresh), misfits))
-    merged = bool(reading.notes)
-    for key in state:
-        if key not in reading.names:
-            left_out[key] = _why_left_out(model, key, merged)
-    given = set(reading.names.values())
-    missing = tuple(key for key in expected if key not in given)
-    model.load_state_dict(fresh, strict=False)
-    return WeightsReport(
+    used = {key for weight in weights.values() for key in weight.keys}
+    by_timm = any(weight.what.startswith("converted by timm") for weight in weights.values())
+    left_out |= {key: _why_left_out(model, key, by_timm) for key in state if key not in used}
+    report = WeightsReport(
         source=label,
-        naming=reading.naming,
+        naming=naming,
         loaded=tuple(loaded),
         renamed=renamed,
         adapted=adapted,
         left_out=left_out,
-        missing=missing,
+        missing=tuple(key for key in expected if key not in weights),
     )
+    return report, fresh
 
 
-def _unwrap(content: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+def unwrap(content: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a checkpoint by name, and its other entries with the reason why they are no weights."""
-    beside: dict[str, str] = {}
+    others: dict[str, str] = {}
     path = ""
     while isinstance(content, Mapping):
         inner = next((key for key in WEIGHTS_UNDER if isinstance(content.get(key), Mapping) and content[key]), None)
         if inner is None:
             break
-        beside |= {f"{path}{key}": f"beside the weights in '{inner}'" for key in content if key != inner}
+        others |= {f"{path}{key}": f"beside the weights in '{inner}'" for key in content if key != inner}
         path += f"{inner}."
         content = content[inner]
     if not isinstance(content, Mapping):
-        return {}, {**beside, type(content).__name__: "not a state dict"}
+        return {}, {**others, type(content).__name__: "not a state dict"}
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    others = {f"{path}{key}": value for key, value in content.items() if not isinstance(value, Tensor)}
-    return tensors, beside | {key: f"not a tensor but {type(value).__name__}" for key, value in others.items()}
+    values = {f"{path}{key}": value for key, value in content.items() if not isinstance(value, Tensor)}
+    return tensors, others | {key: f"not a tensor but {type(value).__name__}" for key, value in values.items()}
 
 
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
+def classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that give the logits, as the model's `pretrained_cfg` states them."""
     stated = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     return (stated,) if isinstance(stated, str) else tuple(stated)
 
 
-def _is_classifier(model: nn.Module, key: str) -> bool:
-    return key.rpartition(".")[0] in _classifiers(model)
+def is_classifier(model: nn.Module, key: str) -> bool:
+    return key.rpartition(".")[0] in classifiers(model)
 
 
-def _adapt_stem(model: nn.Module, key: str, value: Tensor, wanted: Tensor) -> Tensor | None:
+def _adapt(model: nn.Module, key: str, value: Tensor, wanted: Tensor) -> tuple[Tensor, str] | None:
+    """`value` made to fit where it is of another shape, and how, in words; None where it cannot be."""
+    if value.shape == wanted.shape:
+        return None
+    fitted = _adapt_stem(model, key, value, wanted)
+    if fitted is None and (adapt_weight := beside(model, "adapt_weight")):
+        fitted = adapt_weight(model, key, value, wanted)
+    return fitted if fitted is not None and fitted[0].shape == wanted.shape else None
+
+
+def _adapt_stem(model: nn.Module, key: str, value: Tensor, wanted: Tensor) -> tuple[Tensor, str] | None:
     """The first convolution's weight for the model's input channels; None where that is not what differs."""
     name, _, kind = key.rpartition(".")
     if kind != "weight" or name not in first_convs(model) or value.ndim != 4:
@@ -343,129 +349,38 @@ def _adapt_stem(model: nn.Module, key: str, value: Tensor, wanted: Tensor) -> Te
         stem = adapt_input_conv(wanted.shape[1], value)
     except (NotImplementedError, AssertionError, ValueError):  # not from three channels
         return None
-    return stem if stem.shape == wanted.shape else None
+    return stem, f"input channels from {value.shape[1]} to {wanted.shape[1]}"
 
 
-def _why_left_out(model: nn.Module, key: str, merged: bool) -> str:
-    if merged:
-        return "merged into other weights, or not needed, by timm's conversion"
-    if any(part in key for part in ("relative_position_index", "attn_mask", "num_batches_tracked")):
+def _is_made(key: str) -> bool:
+    return any(part in key for part in MADE_BY_THE_MODEL)
+
+
+def _why_left_out(model: nn.Module, key: str, by_timm: bool) -> str:
+    if _is_made(key):
         return "a buffer that the model makes itself"
-    return f"no such weight in {_name(model)}"
+    if by_timm:
+        return "merged into other weights, or not needed, by timm's conversion"
+    return f"no such weight in {name_of(model)}"
 
 
-def _name(model: nn.Module) -> str:
+def name_of(model: nn.Module) -> str:
+    """The architecture's name where the model states it, else its class."""
     return (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
 
 
 def _says_for_another_model(
-    label: str, model: nn.Module, state: Mapping[str, Tensor], fitting: int, misfits: list[str]
+    label: str, model: nn.Module, state: Mapping[str, Tensor], fits: int, misfits: list[str]
 ) -> str:
     """Why the weights cannot be loaded, in one line, with the architecture of ours that they fit."""
+    from chiasm.models.identify import identify  # it builds the architectures, which import this file
+
     seen = misfits[0] if misfits else f"it has '{next(iter(state))}', expected '{next(iter(model.state_dict()))}'"
     more = f" and {len(misfits) - 1} more" if len(misfits) > 1 else ""
-    better = _fits_which(state)
-    hint = f" It fits {better}: chiasm.create_model('{better}')." if better and better != _name(model) else ""
+    better = next((match.architecture for match in identify(state) if match.architecture != name_of(model)), None)
+    hint = f" It fits {better}: chiasm.create_model('{better}')." if better else ""
     total = len(model.state_dict())
-    return f"{label}: weights for another model, {fitting} of {total} fit {_name(model)}; {seen}{more}.{hint}"
-
-
-def _fits_which(state: Mapping[str, Tensor]) -> str | None:
-    """The architecture of ours whose weights these are (all but the classifier), or None."""
-    from chiasm.models import create_model, list_models  # they import the architectures, which import this file
-
-    shares = {}
-    for name in list_models():
-        with torch.device("meta"):
-            model = create_model(name)
-        expected = {key: value for key, value in model.state_dict().items() if not _is_classifier(model, key)}
-        reading = _read_keys(model, state)
-        same = sum(expected[ours].shape == state[key].shape for key, ours in reading.names.items() if ours in expected)
-        shares[name] = same / len(expected)
-    best = max(shares, key=lambda name: shares[name])
-    return best if shares[best] > 0.9 else None
-
-
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
-def _read(source: str | Path) -> Any:
-    """What a path or URL holds, read without running code from it."""
-    if re.match(r"https?://", str(source)):
-        return _read_file(_download(str(source)), str(source))
-    return _read_file(Path(source).expanduser(), str(source))
-
-
-def _download(url: str) -> Path:
-    """Fetch `url` into torch.hub's cache, once; a sha256 prefix in its name is checked."""
-    name = Path(unquote(urlsplit(url).path)).name or "weights"
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    # Two addresses may end in one file name: only names that carry a hash are the same file wherever they come from.
-    stated = HASH_IN_NAME.search(name)
-    target = folder / (name if stated else f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}")
-    if target.is_file():
-        return target
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(target), stated[1] if stated else None, progress=sys.stderr.isatty())
-    except RuntimeError as error:
-        raise CheckpointError(f"{url}: what was downloaded is damaged or another file ({error}); try again.") from error
-    except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors
-        reason = str(error).strip("<>")
-        raise CheckpointError(
-            f"{url}: cannot be downloaded ({reason}). Without a network, copy the file here and give its path."
-        ) from error
-    return target
-
-
-def _read_file(path: Path, label: str) -> Any:
-    if not path.exists():
-        raise CheckpointError(
-            f"{label}: no such file; expected a checkpoint (.safetensors, .pth, .pt, .ckpt) or a URL."
-        )
-    if path.is_dir():
-        raise CheckpointError(f"{label}: a folder; expected a checkpoint file, such as {path / 'model.safetensors'}.")
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise CheckpointError(f"{label}: cannot be read ({error.strerror}).") from error
-    size = os.path.getsize(path)
-    if size == 0:
-        raise CheckpointError(f"{label}: empty (0 bytes); download or copy it again.")
-    if head.lstrip()[:1] == b"<":
-        raise CheckpointError(f"{label}: a web page, not weights; download the file itself (the 'raw' link).")
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{label}: a git-lfs pointer, not the weights; fetch them: git lfs pull")
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1e8:  # the length of the JSON that starts there
-        return _read_safetensors(path, label, size)
-    return _read_torch(path, label, size, zipped=head.startswith(b"PK"))
-
-
-def _read_safetensors(path: Path, label: str, size: int) -> Any:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{label}: incomplete or damaged .safetensors file ({size} bytes, {reason}).") from error
-
-
-def _read_torch(path: Path, label: str, size: int, *, zipped: bool) -> Any:
-    """torch.load of plain data. Of Python's own classes, only the empty shell argparse.Namespace is let through."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        if named := re.search(r"(?:GLOBAL|class|function|type) ([\w.]+\.[\w.]+)", str(error)):
-            raise CheckpointError(
-                f"{label}: holds '{named[1]}' besides weights; code from files is never run. If you trust its origin, "
-                f'convert it once: python -c "import torch; c = torch.load({str(path)!r}, weights_only=False); '
-                "torch.save(c.get('model', c.get('state_dict', c)), 'weights.pth')\""
-            ) from error
-        reason = " ".join(str(error).split())[-120:]
-    except Exception as error:  # damaged bytes, read as a pickle, fail in every way there is
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-    raise CheckpointError(f"{label}: not a complete checkpoint ({size} bytes, {reason}); download or copy it again.")
+    return f"{label}: weights for another model, {fits} of {total} fit {name_of(model)}; {seen}{more}.{hint}"
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs

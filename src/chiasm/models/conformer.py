@@ -42,15 +42,17 @@ from torch.utils.checkpoint import checkpoint
 
 from chiasm.errors import ChiasmError, UnknownNameError
 from chiasm.layers.attention import TransformerBlock
-from chiasm.layers.conv import Bottleneck, Stem
+from chiasm.layers.conv import Bottleneck, FusedBottleneck, Stem
 from chiasm.layers.coupling import MapToTokens, Pool, TokensToMap, Upsample
 from chiasm.layers.tokens import map_to_tokens, pad_to_multiple, tokens_to_map
-from chiasm.models.checkpoints import Dialect, renamed_for
+from chiasm.models.checkpoints import renamed_for
+from chiasm.models.dialects import Dialect
 
 Coupling = Literal["both", "map_to_tokens", "tokens_to_map", "none"]
 Branches = Literal["both", "conv", "tokens"]
 Supervision = Literal["both", "conv", "tokens"]
 HeadFusion = Literal["logits", "features"]
+Bottlenecks = Bottleneck | FusedBottleneck
 GlobalPool = Literal["avg", ""]
 
 
@@ -143,13 +145,17 @@ class ConformerConfig:
 class ConvBlock(nn.Module):
     """Two bottlenecks without a Transformer beside them: a block of the conv branch alone. The first block has one."""
 
-    def __init__(self, enter: Bottleneck, leave: Bottleneck | None) -> None:
+    def __init__(self, enter: Bottlenecks, leave: Bottlenecks | None) -> None:
         super().__init__()
         self.conv_in, self.conv_out = enter, leave
 
     def forward(self, x: Tensor) -> Tensor:
         x, _ = self.conv_in(x)
         return x if self.conv_out is None else self.conv_out(x)[0]
+
+    def optimized(self) -> ConvBlock:
+        """The same for inference."""
+        return ConvBlock(*_optimized(self.conv_in, self.conv_out))
 
 
 class CoupledBlock(nn.Module):
@@ -160,11 +166,11 @@ class CoupledBlock(nn.Module):
 
     def __init__(
         self,
-        conv_in: Bottleneck,
+        conv_in: Bottlenecks,
         down: MapToTokens | None,
         transformer: TransformerBlock,
         up: TokensToMap | None,
-        conv_out: Bottleneck | None,
+        conv_out: Bottlenecks | None,
     ) -> None:
         super().__init__()
         self.conv_in, self.down, self.transformer, self.up, self.conv_out = conv_in, down, transformer, up, conv_out
@@ -180,6 +186,17 @@ class CoupledBlock(nn.Module):
                 inner = self.up(tokens, inner)
             x, _ = self.conv_out.leave(inner, x)
         return x, tokens
+
+    def optimized(self) -> CoupledBlock:
+        """The same for inference."""
+        conv_in, conv_out = _optimized(self.conv_in, self.conv_out)
+        return CoupledBlock(conv_in, self.down, self.transformer, self.up, conv_out)
+
+
+def _optimized(conv_in: Bottlenecks, conv_out: Bottlenecks | None) -> tuple[FusedBottleneck, FusedBottleneck | None]:
+    """Nothing but `conv_out` reads what `conv_in` gives, so it may write over it."""
+    assert isinstance(conv_in, Bottleneck)
+    return conv_in.optimized(), conv_out.optimized(overwrite=True) if isinstance(conv_out, Bottleneck) else None
 
 
 class Conformer(nn.Module):

@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from chiasm.layers.attention import TransformerBlock
 from chiasm.layers.inverted import ConvBnAct, InvertedResidual
 from chiasm.layers.unfold import fold, resize, resize_to_multiple, unfold
-from chiasm.models.checkpoints import Dialect, renamed_for
+from chiasm.models.checkpoints import renamed_for
+from chiasm.models.dialects import BGR_TO_RGB, Dialect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,7 +373,107 @@ def mobilevit_s_256(pretrained: bool = False, **kwargs: Any) -> MobileViT:
 
 # -------------------------------------------------------------------------------------- names in published checkpoints
 
-DIALECTS: tuple[Dialect, ...] = ()
+# What both versions share. The authors' networks, and those made from them elsewhere, read BGR; timm's and these RGB.
+CVNETS_STARTS = (
+    # ours                          cvnets'
+    ("stem",                        "conv_1"),
+    ("stages.2.1.norm",             "layer_3.1.global_rep.2"),  # behind as many Transformer blocks
+    ("stages.3.1.norm",             "layer_4.1.global_rep.4"),
+    ("stages.4.1.norm",             "layer_5.1.global_rep.3"),
+    ("stages.{i}.1.transformer.{j}", "layer_{i+1}.1.global_rep.{j}"),
+    ("stages.{i}.{j}",              "layer_{i+1}.{j}"),
+)  # fmt: skip
+CVNETS_PARTS = (
+    ("conv1_1x1", "block.exp_1x1"),
+    ("conv2_kxk", "block.conv_3x3"),
+    ("conv3_1x1", "block.red_1x1"),
+    ("conv", "block.conv"),
+    ("bn", "block.norm"),
+)
+HUGGING_FACE_STARTS = (
+    # ours                          theirs, behind 'mobilevit.' or 'mobilevitv2.'
+    ("stem",                        "conv_stem"),
+    ("stages.0",                    "encoder.layer.0.layer"),
+    ("stages.1",                    "encoder.layer.1.layer"),
+    ("stages.{i}.0",                "encoder.layer.{i}.downsampling_layer"),
+    ("stages.{i}.1.norm",           "encoder.layer.{i}.layernorm"),
+    ("stages.{i}.1.transformer",    "encoder.layer.{i}.transformer.layer"),
+    ("stages.{i}.1",                "encoder.layer.{i}"),
+)  # fmt: skip
+HUGGING_FACE_PARTS = (
+    ("conv1_1x1", "expand_1x1"),
+    ("conv2_kxk", "conv_3x3"),
+    ("conv3_1x1", "reduce_1x1"),
+    ("conv_1x1", "conv_1x1.convolution"),
+    ("conv_proj", "conv_projection"),
+    ("conv", "convolution"),
+    ("bn", "normalization"),
+    ("norm1", "layernorm_before"),
+    ("norm2", "layernorm_after"),
+)
+READS_BGR = (("stem.conv.weight", BGR_TO_RGB),)
+
+DIALECTS = (
+    Dialect(
+        name="cvnets' names",
+        starts=(*CVNETS_STARTS, ("final_conv", "conv_1x1_exp"), ("head.fc", "classifier.fc")),
+        parts=(
+            ("conv_kxk", "local_rep.conv_3x3"),
+            ("conv_1x1", "local_rep.conv_1x1.block.conv"),
+            ("conv_fusion", "fusion"),
+            *CVNETS_PARTS,
+            ("norm1", "pre_norm_mha.0"),
+            ("attn.qkv", "pre_norm_mha.1.qkv_proj"),
+            ("attn.proj", "pre_norm_mha.1.out_proj"),
+            ("norm2", "pre_norm_ffn.0"),
+            ("mlp.fc1", "pre_norm_ffn.1"),
+            ("mlp.fc2", "pre_norm_ffn.4"),
+        ),
+        layouts=READS_BGR,
+    ),
+    Dialect(
+        name="Hugging Face's names",
+        starts=(
+            *((ours, f"[mobilevit.]{theirs}") for ours, theirs in HUGGING_FACE_STARTS),
+            ("final_conv", "[mobilevit.]conv_1x1_exp"),
+            ("head.fc", "classifier"),
+        ),
+        parts=(
+            ("conv_fusion", "fusion"),
+            *HUGGING_FACE_PARTS,
+            ("attn.qkv", ("attention.attention.query", "attention.attention.key", "attention.attention.value")),
+            ("attn.proj", "attention.output.dense"),
+            ("mlp.fc1", "intermediate.dense"),
+            ("mlp.fc2", "output.dense"),
+        ),
+        layouts=READS_BGR,
+    ),
+    Dialect(
+        name="OpenMMLab's names",
+        starts=(
+            ("stem", "[backbone.]stem"),
+            ("stages.2.1.norm", "[backbone.]layers.2.1.global_rep.2"),
+            ("stages.3.1.norm", "[backbone.]layers.3.1.global_rep.4"),
+            ("stages.4.1.norm", "[backbone.]layers.4.1.global_rep.3"),
+            ("stages.{i}.1.transformer", "[backbone.]layers.{i}.1.global_rep"),
+            ("stages", "[backbone.]layers"),
+            ("final_conv", "[backbone.]conv_1x1_exp"),
+            ("head.fc", "head.fc"),
+        ),
+        parts=(
+            ("conv1_1x1", "conv.0"),
+            ("conv2_kxk", "conv.1"),
+            ("conv3_1x1", "conv.2"),
+            ("conv_kxk", "local_rep.0"),
+            ("conv_1x1", "local_rep.1.conv"),
+            ("norm1", "ln1"),
+            ("norm2", "ln2"),
+            ("mlp.fc1", "ffn.layers.0.0"),
+            ("mlp.fc2", "ffn.layers.1"),
+        ),
+        layouts=READS_BGR,
+    ),
+)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:

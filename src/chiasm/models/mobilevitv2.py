@@ -32,8 +32,17 @@ from torch import Tensor, nn
 
 from chiasm.layers.inverted import ConvBnAct
 from chiasm.layers.unfold import fold, resize_to_multiple, unfold
-from chiasm.models.checkpoints import Dialect, renamed_for
-from chiasm.models.mobilevit import MobileViT, TrunkConfig
+from chiasm.models.checkpoints import renamed_for
+from chiasm.models.dialects import Dialect
+from chiasm.models.mobilevit import (
+    CVNETS_PARTS,
+    CVNETS_STARTS,
+    HUGGING_FACE_PARTS,
+    HUGGING_FACE_STARTS,
+    READS_BGR,
+    MobileViT,
+    TrunkConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +242,39 @@ def mobilevitv2_200_256(pretrained: bool = False, **kwargs: Any) -> MobileViTV2:
 
 # -------------------------------------------------------------------------------------- names in published checkpoints
 
-DIALECTS: tuple[Dialect, ...] = ()
+DIALECTS = (
+    Dialect(
+        name="cvnets' names",
+        starts=(*CVNETS_STARTS, ("head.fc", "classifier.1")),
+        parts=(
+            ("conv_kxk", "local_rep.0"),
+            ("conv_1x1", "local_rep.1.block.conv"),
+            ("norm1", "pre_norm_attn.0"),
+            ("attn.qkv_proj", "pre_norm_attn.1.qkv_proj.block.conv"),
+            ("attn.out_proj", "pre_norm_attn.1.out_proj.block.conv"),
+            ("norm2", "pre_norm_ffn.0"),
+            ("mlp.fc1", "pre_norm_ffn.1.block.conv"),
+            ("mlp.fc2", "pre_norm_ffn.3.block.conv"),
+            *CVNETS_PARTS,
+        ),
+        layouts=READS_BGR,
+    ),
+    Dialect(
+        name="Hugging Face's names",
+        starts=(
+            *((ours, f"[mobilevitv2.]{theirs}") for ours, theirs in HUGGING_FACE_STARTS),
+            ("head.fc", "classifier"),
+        ),
+        parts=(
+            ("attn.qkv_proj", "attention.qkv_proj.convolution"),
+            ("attn.out_proj", "attention.out_proj.convolution"),
+            ("mlp.fc1", "ffn.conv1.convolution"),
+            ("mlp.fc2", "ffn.conv2.convolution"),
+            *HUGGING_FACE_PARTS,
+        ),
+        layouts=READS_BGR,
+    ),
+)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:

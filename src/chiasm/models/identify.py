@@ -1,0 +1,122 @@
+"""Which architecture a checkpoint is for, from the names and shapes of its weights.
+
+Ours are all tried. timm has more than a thousand, so only those of them are tried that the file points to: by its own
+name, by the name that a training checkpoint notes, or by the `config.json` beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from chiasm.models import ARCHITECTURES, create_model
+from chiasm.models.checkpoints import Way, beside, classifiers, first_convs, is_classifier, shapes_of, ways_to_read
+from chiasm.models.dialects import Weight
+
+NEAR = 0.9  # share of an architecture's weights from which on a file is taken to be meant for it
+
+
+class Match(NamedTuple):
+    """An architecture that weights fit.
+
+    Attributes:
+        architecture: its name.
+        naming: whose names the weights have.
+        share: of the architecture's weights that are there in their shape, classifier and first convolution aside.
+        classes: of the classifier among the weights; 0 for none.
+        in_chans: channels of the images that the first convolution reads.
+    """
+
+    architecture: str
+    naming: str
+    share: float
+    classes: int
+    in_chans: int
+
+
+def identify(state: Mapping[str, Tensor], hints: tuple[str, ...] = ()) -> list[Match]:
+    """The architectures that `state` fits, best first: all that fit equally well, and none that fits less well.
+
+    Args:
+        state: weights by name, from anywhere.
+        hints: names of timm's architectures to try besides ours, the likeliest first; they count where ours do not fit
+            wholly, and the first that fits is taken.
+    """
+    shapes = shapes_of(state)
+    matches: list[Match] = []
+    for module in ARCHITECTURES:
+        readings = [(way, way.read(shapes)) for way in ways_to_read(shapes, module.DIALECTS)]
+        first, *others = module.SIZES
+        names = set(_sketch(first).state_dict())
+        # The sizes of an architecture share most names; without those, none of them needs to be built.
+        if any(2 * len(names & set(weights)) > min(len(names), len(weights)) for _, weights in readings):
+            matches += [_match(name, _sketch(name), readings) for name in (first, *others)]
+    best = max((match.share for match in matches), default=0.0)
+    if best < 1 and hints:
+        pointed_to = max((fit(state, name) for name in hints), key=lambda match: match.share)
+        if pointed_to.share > max(best, NEAR):
+            return [pointed_to]
+    return [match for match in matches if match.share == best > NEAR]
+
+
+def fit(state: Mapping[str, Tensor], name: str, **model_args: Any) -> Match:
+    """How `state` fits the architecture `name`, built with `model_args`."""
+    shapes, model = shapes_of(state), _sketch(name, **model_args)
+    return _match(
+        name, model, [(way, way.read(shapes)) for way in ways_to_read(shapes, beside(model, "DIALECTS") or ())]
+    )
+
+
+def hints_of(content: Any, source: str | Path) -> tuple[str, ...]:
+    """Names of timm's architectures that a checkpoint's `content`, its file's name or a file beside it point to."""
+    path = Path(unquote(urlsplit(str(source)).path))
+    named = [str(content.get(key)) for key in ("arch", "architecture") if isinstance(content, Mapping)]
+    named += [stated] if (stated := _stated_beside(path)) else []
+    text = re.sub(r"[^a-z0-9]+", "_", path.stem.lower())
+    spoken = {name for name in timm.list_models() if f"_{name}_" in f"_{text}_"}
+    found = [*named, *sorted(spoken, key=len, reverse=True)]
+    return tuple(dict.fromkeys(name for name in found if timm.is_model(name)))
+
+
+def _stated_beside(path: Path) -> str | None:
+    """The architecture in timm's `config.json` in the same folder."""
+    try:
+        content = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    stated = content.get("architecture") if isinstance(content, dict) else None
+    return stated if isinstance(stated, str) else None
+
+
+def _sketch(name: str, **model_args: Any) -> nn.Module:
+    """The architecture on the meta device: names and shapes without memory."""
+    with torch.device("meta"):
+        return create_model(name, **model_args)
+
+
+def _match(name: str, model: nn.Module, readings: list[tuple[Way, dict[str, Weight]]]) -> Match:
+    stems = tuple(f"{layer}.weight" for layer in first_convs(model))
+    expected = {key: v for key, v in model.state_dict().items() if key not in stems and not is_classifier(model, key)}
+
+    def fitting(weights: Mapping[str, Weight]) -> int:
+        return sum(key in weights and weights[key].value.shape == value.shape for key, value in expected.items())
+
+    way, weights = max(readings, key=lambda reading: fitting(reading[1]))
+    shapes = {key: weight.value.shape for key, weight in weights.items()}
+    heads = [shapes[key] for layer in classifiers(model) if (key := f"{layer}.weight") in shapes]
+    stem = next((shapes[key] for key in stems if key in shapes), (0, 3))
+    return Match(
+        architecture=name,
+        naming=way.naming,
+        share=fitting(weights) / len(expected),
+        classes=heads[0][0] if heads and heads[0] else 0,
+        in_chans=stem[1] if len(stem) > 1 else 3,
+    )
