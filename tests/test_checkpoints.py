@@ -23,7 +23,7 @@ import chiasm
 from chiasm.config import Preprocess
 from chiasm.errors import CheckpointError
 from chiasm.model_file import ModelInfo, save_model
-from chiasm.models import conformer, create_model
+from chiasm.models import conformer, create_model, swin
 from chiasm.models.checkpoints import OWN_NAMES, WeightsReport, load_weights
 from chiasm.models.dialects import Dialect
 
@@ -49,7 +49,7 @@ def _account(report: WeightsReport, content: Mapping[str, Any], model: nn.Module
     """Each key of the file and each weight of the model has exactly one fate."""
     of_file = [*report.loaded, *report.renamed, *report.adapted, *report.left_out]
     assert sorted(of_file) == sorted(content)
-    adapted = [to.key for to in report.adapted.values()]
+    adapted = {to.key for to in report.adapted.values()}
     assert sorted([*report.loaded, *report.renamed.values(), *adapted, *report.missing]) == sorted(model.state_dict())
 
 
@@ -118,6 +118,42 @@ def test_other_classes_and_channels_are_adapted(in_chans: int) -> None:
     seen, expected = (m.stem.conv(grey.expand(-1, m.in_chans, -1, -1)) for m in (model, origin))
     if in_chans != 4:
         torch.testing.assert_close(seen, expected)
+
+
+def test_tables_of_another_window_are_interpolated() -> None:
+    origin, model = _build("swin_nano_window4_128", seed=1), _build("swin_nano_window4_128", seed=2, window_size=6)
+    report = load_weights(model, origin.state_dict())
+    _account(report, origin.state_dict(), model)
+    assert len(report.adapted) == 12
+    assert report.adapted["layers.0.blocks.0.attn.relative_position_bias_table"].what == (
+        "bias table of a 4x4 window interpolated to 6x6"
+    )
+    assert torch.equal(model.layers[3].blocks[1].mlp.fc2.weight, origin.layers[3].blocks[1].mlp.fc2.weight)
+    table = model.layers[0].blocks[0].attn.relative_position_bias_table.view(11, 11)
+    assert torch.allclose(table[5, 5], origin.layers[0].blocks[0].attn.relative_position_bias_table.view(7, 7)[3, 3])
+
+
+def test_a_features_only_backbone_takes_the_same_files() -> None:
+    origin = _build("swin_nano_window4_128", seed=1)
+    backbone = timm.create_model("swin_nano_window4_128", features_only=True)
+    report = load_weights(backbone, swin.DIALECTS[0].write(origin.state_dict()))
+    assert not report.missing
+    assert torch.equal(
+        backbone.model.layers[1].downsample.reduction.weight, origin.layers[1].downsample.reduction.weight
+    )
+
+
+def test_a_part_of_query_key_and_value_is_not_enough() -> None:
+    origin, model = _build("swin_nano_window4_128", seed=1), _build("swin_nano_window4_128", seed=2)
+    state = swin.DIALECTS[4].write(origin.state_dict())
+    gone = "swin.encoder.layers.0.blocks.0.attention.self.key.bias"
+    del state[gone]
+    report = load_weights(model, state)
+    assert report.missing == ("layers.0.blocks.0.attn.qkv.bias",)
+    assert {key: why for key, why in report.left_out.items() if "norm" not in key} == {
+        gone.replace("key", other): "a part of 'layers.0.blocks.0.attn.qkv.bias', which is not whole in the file"
+        for other in ("query", "value")
+    }
 
 
 def test_no_classifier_leaves_the_heads_out() -> None:

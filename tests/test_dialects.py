@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from chiasm.models import ARCHITECTURES, conformer, create_model, mobilevit, mobilevitv2
+from chiasm.models import ARCHITECTURES, conformer, create_model, mobilevit, mobilevitv2, swin
 from chiasm.models.checkpoints import load_weights
 from chiasm.models.dialects import Dialect, Place
 from chiasm.models.identify import fit
@@ -26,9 +27,9 @@ def _smallest(module: Any) -> str:
 
 
 @cache
-def _sketch(name: str) -> nn.Module:
+def _sketch(name: str, **options: Any) -> nn.Module:
     with torch.device("meta"):
-        return create_model(name)
+        return create_model(name, **options)
 
 
 def _shaken(model: nn.Module, seed: int) -> nn.Module:
@@ -59,9 +60,16 @@ def _equal(first: Tensor, second: Tensor) -> None:
 # ---------------------------------------------------------------------------------------------- tables, both directions
 
 
+def _options(dialect: Dialect) -> dict[str, Any]:
+    """Detectors have a norm on every level, for which our Swin has an option, and none behind the last stage alone."""
+    return {"out_norms": True} if dialect is swin.DIALECTS[3] else {}
+
+
 @pytest.mark.parametrize(("name", "dialect"), EVERY)
 def test_the_table_names_every_weight_both_ways(name: str, dialect: Dialect) -> None:
-    keys = list(_sketch(name).state_dict())
+    keys = list(_sketch(name, **_options(dialect)).state_dict())
+    if _options(dialect):
+        keys = [key for key in keys if not key.startswith("norm.")]
     theirs = {key: dialect.to_theirs(key) for key in keys}
     assert not [key for key, names in theirs.items() if not names]
     assert len({n for names in theirs.values() for n in names}) == sum(map(len, theirs.values()))
@@ -72,12 +80,16 @@ def test_the_table_names_every_weight_both_ways(name: str, dialect: Dialect) -> 
 @pytest.mark.parametrize(("module", "dialect"), TABLES, ids=lambda value: getattr(value, "name", None))
 def test_a_checkpoint_of_theirs_gives_the_same_model(module: Any, dialect: Dialect) -> None:
     name = _smallest(module)
-    origin = _shaken(create_model(name, num_classes=5), seed=1)
+    origin = _shaken(create_model(name, num_classes=5, **_options(dialect)), seed=1)
     state = dialect.write(origin.state_dict())
-    model = create_model(name, num_classes=5).eval()
+    model = create_model(name, num_classes=5, **_options(dialect)).eval()
     report = load_weights(model, state)
     assert report.naming == dialect.name
-    assert not report.missing
+    if _options(dialect):
+        assert report.missing == ("norm.weight", "norm.bias")
+        model.norm.load_state_dict(origin.norm.state_dict())
+    else:
+        assert not report.missing
     assert not report.left_out
     assert sorted([*report.loaded, *report.renamed, *report.adapted]) == sorted(state)
     side = model.pretrained_cfg["input_size"][-1] // 2
@@ -89,7 +101,12 @@ def test_a_checkpoint_of_theirs_gives_the_same_model(module: Any, dialect: Diale
 def test_timms_own_loading_reads_them_too(module: Any, dialect: Dialect) -> None:
     name = _smallest(module)
     origin = _shaken(create_model(name, num_classes=5), seed=1)
-    overlay = {"state_dict": {"state_dict": dialect.write(origin.state_dict())}, "num_classes": 5}
+    state = dialect.write(origin.state_dict())
+    tables = [key for key in state if key.endswith("_bias_table")]
+    state |= {key.replace("bias_table", "index"): torch.zeros(3) for key in tables}  # a buffer, to be dropped
+    if _options(dialect):
+        state |= {"backbone.norm3.weight": origin.norm.weight, "backbone.norm3.bias": origin.norm.bias}
+    overlay = {"state_dict": {"state_dict": state}, "num_classes": 5}
     model = timm.create_model(name, pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
     assert all(torch.equal(value, origin.state_dict()[key]) for key, value in model.state_dict().items())
 
@@ -99,15 +116,15 @@ def test_no_two_dialects_are_confused(module: Any) -> None:
     """Whose names they are is found from the keys alone, behind any prefix, with or without the classifier."""
     name = _smallest(module)
     for dialect in module.DIALECTS:
-        theirs = dialect.write(_sketch(name).state_dict())
+        theirs = dialect.write(_sketch(name, **_options(dialect)).state_dict())
         bare = {key: value for key, value in theirs.items() if "head" not in key and "classifier" not in key}
         for content in (theirs, {f"module.{key}": value for key, value in theirs.items()}, bare):
-            match = fit(content, name)
-            assert match.share == 1
+            match = fit(content, name, **_options(dialect))
+            assert match.share > 0.98 if _options(dialect) else match.share == 1
             assert match.naming == dialect.name
 
 
-# Written by hand from the other code bases: our name, then theirs, dialect by dialect.
+# Written by hand from the other code bases: our name, then theirs, dialect by dialect; '-' for none.
 PUBLISHED = {
     conformer: """
         stem.bn.running_var                     bn1.running_var                          backbone.bn1.running_var
@@ -168,6 +185,36 @@ PUBLISHED = {
             mobilevitv2.encoder.layer.3.conv_projection.normalization.bias
         head.fc.bias                            classifier.1.bias       classifier.bias
     """,
+    swin: """
+        patch_embed.proj.bias                   patch_embed.proj.bias   features.0.0.bias
+            backbone.patch_embed.projection.bias            backbone.patch_embed.projection.bias
+            swin.embeddings.patch_embeddings.projection.bias
+            swin.embeddings.patch_embeddings.projection.bias
+        layers.2.downsample.norm.weight         layers.1.downsample.norm.weight     features.4.norm.weight
+            backbone.stages.1.downsample.norm.weight        backbone.stages.1.downsample.norm.weight
+            swin.encoder.layers.1.downsample.norm.weight    swin.encoder.layers.1.downsample.norm.weight
+        layers.2.blocks.5.mlp.fc2.weight        layers.2.blocks.5.mlp.fc2.weight    features.5.5.mlp.3.weight
+            backbone.stages.2.blocks.5.ffn.layers.1.weight  backbone.stages.2.blocks.5.ffn.layers.1.weight
+            swin.encoder.layers.2.blocks.5.output.dense.weight
+            swin.encoder.layers.2.blocks.5.mlp.fc2.weight
+        layers.0.blocks.1.attn.relative_position_bias_table
+            layers.0.blocks.1.attn.relative_position_bias_table
+            features.1.1.attn.relative_position_bias_table
+            backbone.stages.0.blocks.1.attn.w_msa.relative_position_bias_table
+            backbone.stages.0.blocks.1.attn.w_msa.relative_position_bias_table
+            swin.encoder.layers.0.blocks.1.attention.self.relative_position_bias_table
+            swin.encoder.layers.0.blocks.1.attention.relative_position_bias.relative_position_bias_table
+        layers.3.blocks.0.attn.proj.bias        layers.3.blocks.0.attn.proj.bias    features.7.0.attn.proj.bias
+            backbone.stages.3.blocks.0.attn.w_msa.proj.bias backbone.stages.3.blocks.0.attn.w_msa.proj.bias
+            swin.encoder.layers.3.blocks.0.attention.output.dense.bias
+            swin.encoder.layers.3.blocks.0.attention.o_proj.bias
+        norm.weight         norm.weight         norm.weight     backbone.norm3.weight   -
+            swin.layernorm.weight               swin.layernorm.weight
+        out_norms.0.bias    norm0.bias          -               -                   backbone.norm0.bias
+            hidden_states_norms.stage1.bias     hidden_states_norms.stage1.bias
+        head.fc.weight      head.weight         head.weight     head.fc.weight      head.fc.weight
+            classifier.weight                   classifier.weight
+    """,
 }
 
 
@@ -175,7 +222,8 @@ PUBLISHED = {
 def test_the_names_are_the_published_ones(module: Any) -> None:
     words = iter(PUBLISHED[module].split())
     for ours in words:
-        assert [dialect.to_theirs(ours) for dialect in module.DIALECTS] == [(next(words),) for _ in module.DIALECTS]
+        for dialect in module.DIALECTS:
+            assert ("".join(dialect.to_theirs(ours)) or "-") == next(words)
 
 
 def test_what_is_none_of_theirs() -> None:
@@ -227,3 +275,89 @@ def test_hugging_faces_mobilevitv2(width: float) -> None:
 def test_timms_mobilevit(name: str) -> None:
     theirs = _shaken(timm.create_model(name, num_classes=5), seed=1)
     _same_logits(theirs, f"{name}_256", theirs.state_dict())
+
+
+NANO = "swin_nano_window4_128"
+
+
+def _nano(window: int = 4) -> dict[str, Any]:
+    sizes = swin.SIZES[NANO]
+    return {
+        "embed_dim": sizes.embed_dim,
+        "depths": list(sizes.depths),
+        "num_heads": list(sizes.num_heads),
+        "window_size": window,
+    }
+
+
+def test_torchvisions_swin() -> None:
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    sizes = {**_nano(), "window_size": [4, 4], "patch_size": [4, 4], "num_classes": 5}
+    theirs = _shaken(SwinTransformer(**sizes), seed=1)
+    _same_logits(theirs, NANO, theirs.state_dict())
+
+
+def test_hugging_faces_swin_in_both_spellings(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import SwinConfig, SwinForImageClassification
+
+    theirs = _shaken(SwinForImageClassification(SwinConfig(image_size=128, num_labels=5, **_nano())), seed=1)
+    theirs.save_pretrained(tmp_path)
+    in_file, in_memory = load_file(tmp_path / "model.safetensors"), theirs.state_dict()
+    spellings = {"attention.self.query.weight", "attention.q_proj.weight"}
+    assert spellings == {spelling for spelling in spellings for key in (*in_file, *in_memory) if key.endswith(spelling)}
+    for state in (in_file, in_memory, {key.removeprefix("swin."): value for key, value in in_file.items()}):
+        _same_logits(theirs, NANO, state)
+
+
+def test_hugging_faces_swin_as_a_backbone() -> None:
+    from transformers import SwinBackbone, SwinConfig
+
+    levels = ["stage1", "stage2", "stage3", "stage4"]
+    theirs = _shaken(SwinBackbone(SwinConfig(image_size=128, out_features=levels, **_nano())), seed=1)
+    model = timm.create_model(NANO, features_only=True, out_norms=True).eval()
+    report = load_weights(model, theirs.state_dict())
+    assert not [key for key in report.missing if not key.startswith("head.")]
+    images = torch.rand(2, 3, 160, 192)  # the last two stages are padded to whole windows
+    with torch.no_grad():
+        for ours, expected in zip(model(images), theirs(images).feature_maps, strict=True):
+            _equal(ours, expected)
+
+
+def test_timms_swin() -> None:
+    theirs = _shaken(timm.create_model("swin_tiny_patch4_window7_224", img_size=128, num_classes=5, **_nano()), seed=1)
+    _same_logits(theirs, NANO, theirs.state_dict())
+
+
+class UnfoldedMerging(nn.Module):
+    """Patch merging as OpenMMLab does it: nn.Unfold, norm, linear; map (B, H, W, C) -> (B, H / 2, W / 2, 2 C)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = nn.functional.unfold(x.permute(0, 3, 1, 2), kernel_size=2, stride=2).transpose(1, 2)
+        return self.reduction(self.norm(columns)).unflatten(1, (x.shape[1] // 2, x.shape[2] // 2))
+
+
+def test_openmmlabs_patch_merging_gives_the_same_map() -> None:
+    dim = swin.SIZES[NANO].embed_dim
+    theirs = _shaken(UnfoldedMerging(dim), seed=1)
+    state = swin.DIALECTS[2].write(_sketch(NANO).state_dict())
+    state = {key: torch.zeros(value.shape) for key, value in state.items()}
+    state |= {f"backbone.stages.0.downsample.{key}": value for key, value in theirs.state_dict().items()}
+    model = create_model(NANO).eval()
+    report = load_weights(model, state)
+    assert report.adapted["backbone.stages.0.downsample.reduction.weight"] == (
+        "layers.1.downsample.reduction.weight",
+        "patch merging from the order of nn.Unfold",
+    )
+    x = torch.randn(2, 6, 8, dim)
+    with torch.no_grad():
+        _equal(model.layers[1].downsample(x), theirs(x))
+        in_our_order = UnfoldedMerging(dim)
+        in_our_order.load_state_dict(model.layers[1].downsample.state_dict())
+        assert not torch.allclose(in_our_order(x), theirs(x), atol=0.1)  # the order matters

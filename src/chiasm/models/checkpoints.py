@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.models import adapt_input_conv
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from chiasm.errors import CheckpointError
@@ -172,11 +173,17 @@ def _best_way(model: nn.Module, state: Mapping[str, Tensor]) -> Way:
     return max(ways, key=lambda way: fitting(expected, way.read(shapes)))
 
 
-def _read(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, dict[str, Weight]]:
-    """Whose names `state` has, and what it holds under the model's."""
+def _read(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, dict[str, Weight], dict[str, str]]:
+    """Whose names `state` has, what it holds under the model's, and why single parts of a weight are of no use."""
     way, expected = _best_way(model, state), model.state_dict()
     weights = {ours: weight for ours, weight in way.read(state).items() if ours in expected}
-    return _converted_by_timm(model, way, weights, state) or (way.naming, weights)
+    parts = {key: way.dialect.to_ours(bare) for bare, key in way.entries(state).items()} if way.dialect else {}
+    broken = {
+        key: f"a part of '{place.key}', which is not whole in the file"
+        for key, place in parts.items()
+        if place and place.parts > 1 and place.key in expected and place.key not in weights
+    }
+    return *(_converted_by_timm(model, way, weights, state) or (way.naming, weights)), broken
 
 
 def _converted_by_timm(
@@ -238,7 +245,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> We
     adapted. Nothing is changed unless all fits.
 
     Args:
-        model: one of ours or any other module.
+        model: one of ours or any other module, also compiled or with `features_only`.
         source: a path (.safetensors, .pth, .pt, .ckpt ...), an http(s) URL (kept in torch.hub's cache), or a state
             dict; also a training checkpoint around one.
 
@@ -247,6 +254,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> We
             is as before.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps the model
+    model = model.model if isinstance(model, FeatureGetterNet) else model  # and so does features_only
     label = "state dict" if isinstance(source, Mapping) else str(source)
     report, fresh = plan(model, source if isinstance(source, Mapping) else read_checkpoint(source), label)
     model.load_state_dict(fresh, strict=False)
@@ -264,7 +272,7 @@ def plan(model: nn.Module, content: Any, label: str) -> tuple[WeightsReport, dic
         held = ", ".join(islice(left_out, 5)) or "nothing"
         raise CheckpointError(f"{label}: holds no weights; expected a state dict, saw {held}.")
     expected = model.state_dict()
-    naming, weights = _read(model, state)
+    naming, weights, broken = _read(model, state)
     fresh: dict[str, Tensor] = {}
     loaded, renamed, adapted, misfits = [], {}, {}, []
     for ours, (value, keys, what) in weights.items():
@@ -289,7 +297,7 @@ def plan(model: nn.Module, content: Any, label: str) -> tuple[WeightsReport, dic
         raise CheckpointError(_says_for_another_model(label, model, state, len(fresh), misfits))
     used = {key for weight in weights.values() for key in weight.keys}
     by_timm = any(weight.what.startswith("converted by timm") for weight in weights.values())
-    left_out |= {key: _why_left_out(model, key, by_timm) for key in state if key not in used}
+    left_out |= {key: broken.get(key) or _why_left_out(model, key, by_timm) for key in state if key not in used}
     report = WeightsReport(
         source=label,
         naming=naming,

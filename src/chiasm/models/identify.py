@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -55,10 +56,10 @@ def identify(state: Mapping[str, Tensor], hints: tuple[str, ...] = ()) -> list[M
     for module in ARCHITECTURES:
         readings = [(way, way.read(shapes)) for way in ways_to_read(shapes, module.DIALECTS)]
         first, *others = module.SIZES
-        names = set(_sketch(first).state_dict())
+        names = set(_known(first).state_dict())
         # The sizes of an architecture share most names; without those, none of them needs to be built.
         if any(2 * len(names & set(weights)) > min(len(names), len(weights)) for _, weights in readings):
-            matches += [_match(name, _sketch(name), readings) for name in (first, *others)]
+            matches += [_match(name, _known(name), readings) for name in (first, *others)]
     best = max((match.share for match in matches), default=0.0)
     if best < 1 and hints:
         pointed_to = max((fit(state, name) for name in hints), key=lambda match: match.share)
@@ -100,6 +101,9 @@ def _sketch(name: str, **model_args: Any) -> nn.Module:
     """The architecture on the meta device: names and shapes without memory."""
     with torch.device("meta"):
         return create_model(name, **model_args)
+
+
+_known = cache(_sketch)
 
 
 def _match(name: str, model: nn.Module, readings: list[tuple[Way, dict[str, Weight]]]) -> Match:

@@ -20,7 +20,7 @@ Shapes: B batch, H x W map, C channels, L = H * W tokens; maps are (B, H, W, C) 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, get_args
 
@@ -44,7 +44,8 @@ from chiasm.layers.window import (
     out_of_windows,
     resize_bias_table,
 )
-from chiasm.models.checkpoints import Dialect, renamed_for
+from chiasm.models.checkpoints import renamed_for
+from chiasm.models.dialects import Conversion, Dialect
 
 PATCH = 4
 WINDOWS = range(2, 33)  # sides of a window that make sense: attention grows with the fourth power
@@ -542,18 +543,97 @@ def adapt_weight(model: nn.Module, key: str, value: Tensor, wanted: Tensor) -> t
     return resize_bias_table(value, attention.window), what
 
 
-DIALECTS = (
-    Dialect(
-        name="the authors' names",
-        starts=(
-            ("layers.{i+1}.downsample", "layers.{i}.downsample"),
-            ("layers.{i}.blocks", "layers.{i}.blocks"),
-            ("patch_embed", "patch_embed"),
-            ("norm", "norm"),
-            ("head.fc", "head"),
-        ),
+def _from_unfold(weight: Tensor) -> Tensor:
+    """The last axis from (C, row, column), nn.Unfold's order of four tokens that are merged, to (column, row, C)."""
+    return weight.unflatten(-1, (-1, 2, 2)).movedim(-3, -1).transpose(-3, -2).flatten(-3)
+
+
+def _to_unfold(weight: Tensor) -> Tensor:
+    """The inverse."""
+    return weight.unflatten(-1, (2, 2, -1)).transpose(-3, -2).movedim(-1, -3).flatten(-3)
+
+
+_UNFOLD = Conversion("patch merging from the order of nn.Unfold", _from_unfold, _to_unfold)
+
+
+_AUTHORS = Dialect(
+    name="the authors' names",
+    starts=(
+        ("layers.{i+1}.downsample", "layers.{i}.downsample"),  # at the end of a stage, ours at the start of the next
+        ("layers.{i}.blocks", "layers.{i}.blocks"),
+        ("patch_embed", "patch_embed"),
+        ("norm", "norm"),
+        ("out_norms.{i}", "norm{i}"),
+        ("head.fc", "head"),
     ),
 )
+_TORCHVISION = Dialect(
+    name="torchvision's names",
+    starts=(
+        ("patch_embed.proj", "features.0.0"),
+        ("patch_embed.norm", "features.0.2"),
+        ("layers.{i}.downsample", "features.{2i}"),
+        ("layers.{i}.blocks", "features.{2i+1}"),
+        ("norm", "norm"),
+        ("head.fc", "head"),
+    ),
+    parts=(("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3")),
+)
+_OPENMMLAB = Dialect(
+    name="OpenMMLab's names",
+    starts=(
+        ("patch_embed.proj", "[backbone.]patch_embed.projection"),
+        ("patch_embed.norm", "[backbone.]patch_embed.norm"),
+        ("layers.{i+1}.downsample", "[backbone.]stages.{i}.downsample"),
+        ("layers.{i}.blocks", "[backbone.]stages.{i}.blocks"),
+        ("norm", "[backbone.]norm3"),
+        ("head.fc", "head.fc"),
+    ),
+    parts=(("attn", "attn.w_msa"), ("mlp.fc1", "ffn.layers.0.0"), ("mlp.fc2", "ffn.layers.1")),
+    layouts=(
+        ("layers.{i}.downsample.reduction.weight", _UNFOLD),
+        ("layers.{i}.downsample.norm.weight", _UNFOLD),
+        ("layers.{i}.downsample.norm.bias", _UNFOLD),
+    ),
+)
+_OPENMMLAB_DETECTORS = replace(
+    _OPENMMLAB,
+    name="OpenMMLab's names in detectors",
+    starts=(("out_norms.{i}", "[backbone.]norm{i}"), *(row for row in _OPENMMLAB.starts if row[0] != "norm")),
+)
+_HUGGING_FACE = Dialect(
+    name="Hugging Face's names",
+    starts=(
+        ("patch_embed.proj", "[swin.]embeddings.patch_embeddings.projection"),
+        ("patch_embed.norm", "[swin.]embeddings.norm"),
+        ("layers.{i+1}.downsample", "[swin.]encoder.layers.{i}.downsample"),
+        ("layers.{i}.blocks", "[swin.]encoder.layers.{i}.blocks"),
+        ("norm", "[swin.]layernorm"),
+        ("out_norms.{i}", "hidden_states_norms.stage{i+1}"),
+        ("head.fc", "classifier"),
+    ),
+    parts=(
+        ("norm1", "layernorm_before"),
+        ("norm2", "layernorm_after"),
+        ("attn.qkv", ("attention.self.query", "attention.self.key", "attention.self.value")),
+        ("attn.proj", "attention.output.dense"),
+        ("attn.relative_position_bias_table", "attention.self.relative_position_bias_table"),
+        ("mlp.fc1", "intermediate.dense"),
+        ("mlp.fc2", "output.dense"),
+    ),
+)
+_HUGGING_FACE_NEWER = replace(
+    _HUGGING_FACE,
+    name="Hugging Face's newer names",
+    parts=(
+        ("norm1", "layernorm_before"),
+        ("norm2", "layernorm_after"),
+        ("attn.qkv", ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
+        ("attn.proj", "attention.o_proj"),
+        ("attn.relative_position_bias_table", "attention.relative_position_bias.relative_position_bias_table"),
+    ),
+)
+DIALECTS = (_AUTHORS, _TORCHVISION, _OPENMMLAB, _OPENMMLAB_DETECTORS, _HUGGING_FACE, _HUGGING_FACE_NEWER)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
