@@ -24,7 +24,7 @@ FLOORS = [
     {"report"},
     {"predictor"},
     {"model_file"},
-    {"tasks"},
+    {"tasks", "inference"},
     {"models", "data"},
     {"layers"},
     {"config"},

@@ -14,6 +14,7 @@ _PUBLIC = {
     "create_model": "chiasm.models",
     "list_models": "chiasm.models",
     "load_weights": "chiasm.models.checkpoints",
+    "optimize": "chiasm.inference",
     "load": "chiasm.predictor",
     "train": "chiasm.verbs.train",
     "evaluate": "chiasm.verbs.evaluate",

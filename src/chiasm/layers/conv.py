@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chiasm.layers.fused import FusedConv2d
+
 
 class Stem(nn.Module):
     """Image (B, in_chans, H, W) -> map (B, channels, ceil(H / stride), ceil(W / stride)).
@@ -25,6 +27,11 @@ class Stem(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         x = F.relu(self.bn(self.conv(x)), inplace=True)
         return F.max_pool2d(x, 3, 2, 1) if self.pool else x
+
+    def optimized(self) -> nn.Module:
+        """The same for inference."""
+        conv = FusedConv2d(self.conv, self.bn, "relu")
+        return nn.Sequential(conv, nn.MaxPool2d(3, 2, 1)) if self.pool else conv
 
 
 class Bottleneck(nn.Module):
@@ -60,6 +67,35 @@ class Bottleneck(nn.Module):
         """From the 3x3 convolution's input and the block's input to (map, the 3x3 convolution's output)."""
         local = F.relu(self.bn2(self.conv2(inner)), inplace=True)
         return F.relu(self.bn3(self.conv3(local)) + self.shortcut(x), inplace=True), local
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.leave(self.enter(x), x)
+
+    def optimized(self, *, overwrite: bool = False) -> FusedBottleneck:
+        """The same for inference; with `overwrite` its input's memory may become its output's."""
+        return FusedBottleneck(self, overwrite=overwrite)
+
+
+class FusedBottleneck(nn.Module):
+    """A `Bottleneck` for inference: BNs folded in, the residual added within the last convolution."""
+
+    def __init__(self, block: Bottleneck, *, overwrite: bool) -> None:
+        super().__init__()
+        self.mid_chs = block.mid_chs
+        self.overwrite = overwrite or block.shortcut_conv is not None
+        self.conv1 = FusedConv2d(block.conv1, block.bn1, "relu")
+        self.conv2 = FusedConv2d(block.conv2, block.bn2, "relu")
+        self.conv3 = FusedConv2d(block.conv3, block.bn3, "relu")
+        self.shortcut = (
+            nn.Identity() if block.shortcut_conv is None else FusedConv2d(block.shortcut_conv, block.shortcut_bn)
+        )
+
+    def enter(self, x: Tensor) -> Tensor:
+        return self.conv1(x)
+
+    def leave(self, inner: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        local = self.conv2(inner)
+        return self.conv3(local, self.shortcut(x), overwrite=self.overwrite), local
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.leave(self.enter(x), x)

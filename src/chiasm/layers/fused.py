@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 Act = Literal["none", "relu", "relu6", "silu", "gelu", "hardswish"]
 
 # activation: (the plain function, oneDNN's name, its numbers, its algorithm)
@@ -47,10 +48,20 @@ def _takes(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype in types and _has_operators()
 
 
-class _Fused(nn.Module):
-    """A frozen weight, bias and activation. The weight is held once: as the parameter `plain`, or reordered by oneDNN.
+def _folded(layer: nn.Linear | nn.Conv2d, bn: BatchNorm | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of `layer` with the BN behind it: in evaluation its statistics are constants."""
+    if bn is None:
+        return layer.weight, layer.bias
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    # It scales the weight's first dimension, so it serves linear layers too.
+    return fuse_conv_bn_weights(layer.weight, layer.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
 
-    Moving to another device or type, copying and pickling go through the plain form; reordering follows again.
+
+class Fused(nn.Module):
+    """A frozen weight, bias and activation. The weight is held once: as the parameter `plain`, or in oneDNN's order.
+
+    Moving to another device or type, copying and pickling go through the plain form.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: Act) -> None:
@@ -58,45 +69,51 @@ class _Fused(nn.Module):
         self.act = act
         self.plain: nn.Parameter | None = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self._reordered: Tensor | None = None
+        self._ordered: tuple[tuple[int, ...], Tensor] | None = None  # the input shape it was ordered for, the weight
 
     @property
     def weight(self) -> Tensor:
-        """The weight as the layer had it, made anew on each call where oneDNN holds it."""
-        return self._held if self._reordered is None else self._reordered.to_dense()
+        """The weight in its plain order, made anew on each call where oneDNN holds it."""
+        if self._ordered is not None:
+            return self._ordered[1].to_dense()
+        assert self.plain is not None
+        return self.plain
 
-    @property
-    def _held(self) -> Tensor:
-        weight = self.plain if self._reordered is None else self._reordered
-        assert weight is not None
-        return weight
-
-    def _reorder(self, weight: Tensor) -> Tensor | None:
-        """The weight in oneDNN's order; None keeps it plain."""
+    def _order(self, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A plain weight in the order that suits an input of this shape; `()` where it is not known yet."""
         raise NotImplementedError
 
     def _hold(self) -> None:
         if self.plain is not None and _takes(self.plain):
-            self._reordered = self._reorder(self.plain.data)
-            if self._reordered is not None:
-                self.plain = None
+            self._ordered = (), self._order(self.plain.data, ())
+            self.plain = None
 
     def _release(self) -> None:
-        if self._reordered is not None:
-            self.plain, self._reordered = nn.Parameter(self.weight, requires_grad=False), None
+        if self._ordered is not None:
+            self.plain, self._ordered = nn.Parameter(self.weight, requires_grad=False), None
 
-    def _fast(self, x: Tensor) -> bool:
-        """Whether oneDNN's operator may be used for this input."""
-        weight = self._held
-        return (
-            x.dtype == weight.dtype
-            and x.device.type == "cpu"
-            and _takes(weight)
-            and not (x.requires_grad and torch.is_grad_enabled())
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
-        )
+    def _ordered_for(self, x: Tensor) -> Tensor | None:
+        """The ordered weight where oneDNN's operators may be used on this input, else None."""
+        if self._ordered is None:
+            return None
+        shape, weight = self._ordered
+        if (
+            x.dtype != weight.dtype
+            or x.device.type != "cpu"
+            or (x.requires_grad and torch.is_grad_enabled())
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+        ):
+            return None
+        wanted = self._shape_that_matters(x)
+        if shape != wanted:
+            weight = self._order(weight.to_dense(), wanted)
+            self._ordered = wanted, weight  # one assignment, so that threads with other sizes do not get in the way
+        return weight
+
+    def _shape_that_matters(self, x: Tensor) -> tuple[int, ...]:
+        return ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._release()
@@ -105,8 +122,8 @@ class _Fused(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_parameters": dict(self._parameters), "_reordered": None}
-        if self._reordered is not None:
+        state = {**self.__dict__, "_parameters": dict(self._parameters), "_ordered": None}
+        if self._ordered is not None:
             state["_parameters"]["plain"] = nn.Parameter(self.weight, requires_grad=False)
         return state
 
@@ -115,46 +132,41 @@ class _Fused(nn.Module):
         self._hold()
 
     def extra_repr(self) -> str:
-        return f"{tuple(self._held.shape)}, act={self.act}, reordered={self.plain is None}"
+        return f"{tuple(self.weight.shape)}, act={self.act}, {'oneDNN' if self.plain is None else 'plain'}"
 
 
-class FusedLinear(_Fused):
-    """act(linear(x)): (..., in_features) -> (..., out_features)."""
+class FusedLinear(Fused):
+    """act(bn(linear(x))): (..., in_features) -> (..., out_features); with `bn`, which norms dim 1, x is a matrix."""
 
-    def __init__(self, linear: nn.Linear, act: Act = "none") -> None:
-        super().__init__(linear.weight, linear.bias, act)
+    def __init__(self, linear: nn.Linear, act: Act = "none", bn: nn.BatchNorm1d | None = None) -> None:
+        super().__init__(*_folded(linear, bn), act)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self._hold()
 
-    def _reorder(self, weight: Tensor) -> Tensor | None:
+    def _order(self, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
     def forward(self, x: Tensor) -> Tensor:
         function, name, numbers, algorithm = _ACTS[self.act]
-        if self._fast(x):
-            return torch.ops.mkldnn._linear_pointwise(x, self._held, self.bias, name, numbers, algorithm)
-        return function(F.linear(x, self.weight, self.bias))
+        weight = self._ordered_for(x)
+        if weight is None:
+            return function(F.linear(x, self.weight, self.bias))
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, self.bias, name, numbers, algorithm)
 
 
-class FusedConv2d(_Fused):
+class FusedConv2d(Fused):
     """act(bn(conv(x)) + addend): (B, in_channels, H, W) -> (B, out_channels, H', W'), in channels-last order.
 
     Args:
         conv: with zero padding given in numbers; another kind is refused with ValueError (see `can_fuse`).
-        bn: in evaluation its statistics are constants, so it is folded into the convolution.
+        bn: with statistics of its own, as is usual.
         act: applied last.
     """
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None, act: Act = "none") -> None:
         if not self.can_fuse(conv):
             raise ValueError(f"cannot fuse {conv}: expected zero padding given in numbers")
-        weight, bias = conv.weight, conv.bias
-        if bn is not None:
-            assert bn.running_mean is not None
-            assert bn.running_var is not None
-            weight, bias = fuse_conv_bn_weights(
-                weight, bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-            )
+        weight, bias = _folded(conv, bn)
         super().__init__(weight.contiguous(memory_format=torch.channels_last), bias, act)
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
@@ -170,27 +182,30 @@ class FusedConv2d(_Fused):
     def _sizes(self) -> tuple[Any, ...]:
         return self.padding, self.stride, self.dilation, self.groups
 
-    def _reorder(self, weight: Tensor) -> Tensor | None:
-        # With a stride, which order is best depends on the image's size, and the wrong one costs many times the work.
-        if max(self.stride) > 1:
-            return None
-        return torch.ops.mkldnn._reorder_convolution_weight(weight, *self._sizes, None)
+    def _order(self, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *self._sizes, list(shape) or None)
+
+    def _shape_that_matters(self, x: Tensor) -> tuple[int, ...]:
+        # An order made for another size would be put right within each call, at up to ten times the call's own cost.
+        return tuple(x.shape)
 
     def forward(self, x: Tensor, addend: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
         """`addend` has the output's shape; with `overwrite` its memory may become the output's."""
         function, name, numbers, algorithm = _ACTS[self.act]
         x = x.contiguous(memory_format=torch.channels_last)
-        if not self._fast(x):
+        weight = self._ordered_for(x)
+        if weight is None:
             y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
             return function(y if addend is None else y + addend)
-        weight = self._held
         if addend is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self._sizes, name, numbers, algorithm)
+            how = weight, self.bias, *self._sizes, name, numbers, algorithm
+            return torch.ops.mkldnn._convolution_pointwise.default(x, *how)
         # Behind an addition the operators know no activation but ReLU.
         relu: tuple[str | None, list[float], str] = ("relu", [], "") if self.act == "relu" else (None, [], "")
         addend = addend.contiguous(memory_format=torch.channels_last)
+        how = weight, self.bias, *self._sizes, "add", 1.0, *relu
         if overwrite:
-            y = torch.ops.mkldnn._convolution_pointwise_(addend, x, weight, self.bias, *self._sizes, "add", 1.0, *relu)
+            y = torch.ops.mkldnn._convolution_pointwise_.binary(addend, x, *how)
         else:
-            y = torch.ops.mkldnn._convolution_pointwise(x, addend, weight, self.bias, *self._sizes, "add", 1.0, *relu)
+            y = torch.ops.mkldnn._convolution_pointwise.binary(x, addend, *how)
         return y if self.act == "relu" else function(y)
