@@ -21,6 +21,7 @@ _PUBLIC = {
     "predict": "chiasm.verbs.predict",
     "describe": "chiasm.verbs.describe",
     "check_data": "chiasm.verbs.data",
+    "weights": "chiasm.verbs.weights",
     "demo": "chiasm.verbs.demo",
     "ChiasmError": "chiasm.errors",
     "Classification": "chiasm.results",

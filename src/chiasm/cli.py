@@ -27,6 +27,7 @@ from chiasm.config import (
     ModelsConfig,
     PredictConfig,
     TrainConfig,
+    WeightsConfig,
     default_of,
     read_yaml,
 )
@@ -40,6 +41,7 @@ VERBS: dict[str, tuple[type[Config], str]] = {
     "describe": (DescribeConfig, "describe"),
     "data": (DataConfig, "check_data"),
     "models": (ModelsConfig, "models"),
+    "weights": (WeightsConfig, "weights"),
     "demo": (DemoConfig, "demo"),
 }
 

@@ -298,6 +298,18 @@ class ModelsConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightsConfig(Config):
+    """Identify a checkpoint: whose names, which architecture, the fate of every key; convert it to a model file."""
+
+    file: str = _positional("checkpoint: a path or URL, any published dialect")
+    model: str | None = _flag(None, "architecture's name, where the file does not tell it")
+    model_args: dict[str, Any] = _flag({}, "further arguments of the architecture, as YAML; with --model")
+    out: str | None = _flag(None, "write this model file, such as model.safetensors")
+    labels: str | None = _flag(None, "text file with one class name per line, for --out; default: class 0, class 1 ...")
+    format: Literal["table", "json"] = _flag("table", "what is printed")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig(Config):
     """Train a small Conformer on the built-in images (about two minutes on two cores) and show what came out."""
 

@@ -173,7 +173,7 @@ def _best_way(model: nn.Module, state: Mapping[str, Tensor]) -> Way:
     return max(ways, key=lambda way: fitting(expected, way.read(shapes)))
 
 
-def _read(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, dict[str, Weight], dict[str, str]]:
+def read_weights(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, dict[str, Weight], dict[str, str]]:
     """Whose names `state` has, what it holds under the model's, and why single parts of a weight are of no use."""
     way, expected = _best_way(model, state), model.state_dict()
     weights = {ours: weight for ours, weight in way.read(state).items() if ours in expected}
@@ -267,12 +267,9 @@ def plan(model: nn.Module, content: Any, label: str) -> tuple[WeightsReport, dic
     Raises:
         CheckpointError: when the weights are not for this model, or there are none.
     """
-    state, left_out = unwrap(content)
-    if not state:
-        held = ", ".join(islice(left_out, 5)) or "nothing"
-        raise CheckpointError(f"{label}: holds no weights; expected a state dict, saw {held}.")
+    state, left_out = weights_in(content, label)
     expected = model.state_dict()
-    naming, weights, broken = _read(model, state)
+    naming, weights, broken = read_weights(model, state)
     fresh: dict[str, Tensor] = {}
     loaded, renamed, adapted, misfits = [], {}, {}, []
     for ours, (value, keys, what) in weights.items():
@@ -326,6 +323,19 @@ def unwrap(content: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     values = {f"{path}{key}": value for key, value in content.items() if not isinstance(value, Tensor)}
     return tensors, others | {key: f"not a tensor but {type(value).__name__}" for key, value in values.items()}
+
+
+def weights_in(content: Any, label: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same, for content that must hold weights.
+
+    Raises:
+        CheckpointError: when it holds none.
+    """
+    state, others = unwrap(content)
+    if not state:
+        held = ", ".join(islice(others, 5)) or "nothing"
+        raise CheckpointError(f"{label}: holds no weights; expected a state dict, saw {held}.")
+    return state, others
 
 
 def classifiers(model: nn.Module) -> tuple[str, ...]:
@@ -385,7 +395,8 @@ def _says_for_another_model(
 
     seen = misfits[0] if misfits else f"it has '{next(iter(state))}', expected '{next(iter(model.state_dict()))}'"
     more = f" and {len(misfits) - 1} more" if len(misfits) > 1 else ""
-    better = next((match.architecture for match in identify(state) if match.architecture != name_of(model)), None)
+    fitting = (match.architecture for match in identify(state) if match.fits)
+    better = next((name for name in fitting if name != name_of(model)), None)
     hint = f" It fits {better}: chiasm.create_model('{better}')." if better else ""
     total = len(model.state_dict())
     return f"{label}: weights for another model, {fits} of {total} fit {name_of(model)}; {seen}{more}.{hint}"

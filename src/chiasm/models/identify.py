@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from chiasm.models import ARCHITECTURES, create_model
-from chiasm.models.checkpoints import Way, beside, classifiers, first_convs, is_classifier, shapes_of, ways_to_read
+from chiasm.models.checkpoints import classifiers, first_convs, is_classifier, read_weights, shapes_of, ways_to_read
 from chiasm.models.dialects import Weight
 
 NEAR = 0.9  # share of an architecture's weights from which on a file is taken to be meant for it
@@ -42,38 +42,41 @@ class Match(NamedTuple):
     classes: int
     in_chans: int
 
+    @property
+    def fits(self) -> bool:
+        """Whether the weights are meant for it: nearly all are there, or all."""
+        return self.share > NEAR
+
 
 def identify(state: Mapping[str, Tensor], hints: tuple[str, ...] = ()) -> list[Match]:
-    """The architectures that `state` fits, best first: all that fit equally well, and none that fits less well.
+    """The architectures that `state` fits best, as many as fit it alike; whether they really do, `Match.fits` says.
 
     Args:
         state: weights by name, from anywhere.
-        hints: names of timm's architectures to try besides ours, the likeliest first; they count where ours do not fit
-            wholly, and the first that fits is taken.
+        hints: names of timm's architectures to try where none of ours fits wholly, the likeliest first.
     """
     shapes = shapes_of(state)
     matches: list[Match] = []
     for module in ARCHITECTURES:
-        readings = [(way, way.read(shapes)) for way in ways_to_read(shapes, module.DIALECTS)]
+        readings = [(way.naming, way.read(shapes)) for way in ways_to_read(shapes, module.DIALECTS)]
         first, *others = module.SIZES
         names = set(_known(first).state_dict())
         # The sizes of an architecture share most names; without those, none of them needs to be built.
         if any(2 * len(names & set(weights)) > min(len(names), len(weights)) for _, weights in readings):
             matches += [_match(name, _known(name), readings) for name in (first, *others)]
     best = max((match.share for match in matches), default=0.0)
-    if best < 1 and hints:
-        pointed_to = max((fit(state, name) for name in hints), key=lambda match: match.share)
-        if pointed_to.share > max(best, NEAR):
-            return [pointed_to]
-    return [match for match in matches if match.share == best > NEAR]
+    if best < 1:
+        pointed_to = [fit(state, name) for name in hints]
+        if (share := max((match.share for match in pointed_to), default=0.0)) > best:
+            matches, best = pointed_to, share
+    return [match for match in matches if match.share == best]
 
 
 def fit(state: Mapping[str, Tensor], name: str, **model_args: Any) -> Match:
     """How `state` fits the architecture `name`, built with `model_args`."""
-    shapes, model = shapes_of(state), _sketch(name, **model_args)
-    return _match(
-        name, model, [(way, way.read(shapes)) for way in ways_to_read(shapes, beside(model, "DIALECTS") or ())]
-    )
+    model = _sketch(name, **model_args)
+    naming, weights, _ = read_weights(model, state)
+    return _match(name, model, [(naming, weights)])
 
 
 def hints_of(content: Any, source: str | Path) -> tuple[str, ...]:
@@ -106,20 +109,20 @@ def _sketch(name: str, **model_args: Any) -> nn.Module:
 _known = cache(_sketch)
 
 
-def _match(name: str, model: nn.Module, readings: list[tuple[Way, dict[str, Weight]]]) -> Match:
+def _match(name: str, model: nn.Module, readings: list[tuple[str, dict[str, Weight]]]) -> Match:
     stems = tuple(f"{layer}.weight" for layer in first_convs(model))
     expected = {key: v for key, v in model.state_dict().items() if key not in stems and not is_classifier(model, key)}
 
     def fitting(weights: Mapping[str, Weight]) -> int:
         return sum(key in weights and weights[key].value.shape == value.shape for key, value in expected.items())
 
-    way, weights = max(readings, key=lambda reading: fitting(reading[1]))
+    naming, weights = max(readings, key=lambda reading: fitting(reading[1]))
     shapes = {key: weight.value.shape for key, weight in weights.items()}
     heads = [shapes[key] for layer in classifiers(model) if (key := f"{layer}.weight") in shapes]
     stem = next((shapes[key] for key in stems if key in shapes), (0, 3))
     return Match(
         architecture=name,
-        naming=way.naming,
+        naming=naming,
         share=fitting(weights) / len(expected),
         classes=heads[0][0] if heads and heads[0] else 0,
         in_chans=stem[1] if len(stem) > 1 else 3,
