@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import chiasm
 from chiasm.config import Preprocess
 from chiasm.errors import ChiasmError, ModelFileError, nearest
-from chiasm.models import create_model, list_models
+from chiasm.models import create_model, is_model, list_models
 from chiasm.models.checkpoints import input_channels
 
 FORMAT = 1
@@ -97,7 +97,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelInfo]:
     """
     path = Path(path)
     info, tensors = _read(path)
-    if not timm.is_model(info.architecture):
+    if not is_model(info.architecture):
         near = nearest(info.architecture, list_models(all=True))
         hint = f"; the nearest names here are {', '.join(near)}" if near else ""
         raise ModelFileError(
@@ -184,7 +184,7 @@ def _find_file(ref: str) -> Path | None:
     if path.is_dir():
         if (path / RUN_FILE).is_file():
             return path / RUN_FILE
-        if timm.is_model(ref):
+        if is_model(ref):
             return None  # a folder that happens to be called like an architecture
         if (path / "config.yaml").is_file():
             raise ModelFileError(
@@ -207,7 +207,7 @@ def _find_file(ref: str) -> Path | None:
         ".safetensors",
         *TRAINING_SUFFIXES,
     )
-    if looks_like_path and not timm.is_model(ref):
+    if looks_like_path and not is_model(ref):
         raise ModelFileError(
             f"{ref}: no such file or folder; expected a model file, a run folder or an architecture's name "
             "(chiasm models)."

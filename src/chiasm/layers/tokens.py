@@ -25,3 +25,13 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     height, width = x.shape[-2:]
     down, right = -height % multiple, -width % multiple
     return F.pad(x, (0, right, 0, down)) if down or right else x
+
+
+def resize_map(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map (B, C, H, W) at another resolution: averaged where that is coarser, bilinear where it is finer."""
+    height, width = x.shape[-2:]
+    if (height, width) == tuple(size):
+        return x
+    if height >= size[0] and width >= size[1]:
+        return F.adaptive_avg_pool2d(x, size)
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)

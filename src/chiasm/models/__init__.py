@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from fnmatch import fnmatchcase
 from typing import Any
 
 import timm
 from torch import nn
 
-from chiasm.errors import UnknownNameError
+from chiasm.errors import ChiasmError, UnknownNameError
 from chiasm.models import conformer, mobilevit, mobilevitv2, swin
+from chiasm.models.coupled import couple, split_name
 
 ARCHITECTURES = (conformer, mobilevit, mobilevitv2, swin)  # one line per architecture
 
@@ -22,6 +24,13 @@ def list_models(pattern: str = "", all: bool = False) -> list[str]:
     return [name for name in names if fnmatchcase(name, glob)]
 
 
+def is_model(name: str) -> bool:
+    """Whether `create_model` knows the name; of a coupled model, both its parts."""
+    if coupled := split_name(name):
+        return all(timm.is_model(part) for part in coupled[:2])
+    return bool(timm.is_model(name))
+
+
 def create_model(
     name: str,
     *,
@@ -30,10 +39,10 @@ def create_model(
     in_chans: int = 3,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build an architecture by name: ours where we have it, timm's otherwise.
+    """Build an architecture by name: ours where we have it, timm's otherwise, or two of them coupled.
 
     Args:
-        name: see `list_models`.
+        name: see `list_models`; or 'CONV+TRANSFORMER:FUSION', such as 'resnet18+vit_tiny_patch16_224:mid'.
         pretrained: load the published weights (needs a network the first time).
         num_classes: None keeps the architecture's own, usually 1000.
         in_chans: input channels.
@@ -42,8 +51,28 @@ def create_model(
     Raises:
         UnknownNameError: for a name that neither we nor timm have, with the nearest.
     """
+    if coupled := split_name(name):
+        return couple(*coupled, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, **kwargs)
     if not timm.is_model(name):
         raise UnknownNameError("model", name, list_models(all=True), "See 'chiasm models --all'.")
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     return timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **kwargs)
+
+
+def set_input_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Prepare a model for images of `size`, (height, width) in pixels; most take any, timm's ViT and Swin must be told.
+
+    Raises:
+        ChiasmError: for a size that the model cannot take.
+    """
+    set_size = getattr(model, "set_input_size", None)
+    if set_size is None:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of timm about its own interpolation
+            set_size(img_size=size)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ChiasmError(f"{type(model).__name__} cannot take images of {size[0]}x{size[1]} px: {reason}.") from error
