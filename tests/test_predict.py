@@ -24,7 +24,7 @@ from chiasm.config import Preprocess
 from chiasm.data.images import read_image
 from chiasm.data.transforms import eval_transform
 from chiasm.errors import ChiasmError, DataError, ImageError, ModelFileError
-from chiasm.model_file import ModelInfo, preprocess_of, save_model
+from chiasm.model_file import ModelInfo, load_model, preprocess_of, save_model
 from chiasm.predictor import Predictor, load
 from chiasm.results import Classification
 from chiasm.verbs import predict as verb
@@ -88,7 +88,7 @@ def _tiny_predictor() -> Predictor:
 def test_the_answer_is_that_of_the_bare_model(model_file: str, photos: list[str]) -> None:
     predictor = load(model_file, device="cpu")
     results = predictor(photos, batch_size=2)
-    model, transform = predictor.task.model, eval_transform(predictor.info.preprocess)
+    model, transform = load_model(model_file)[0], eval_transform(predictor.info.preprocess)
     with torch.no_grad():
         branches = model.forward_branches(torch.stack([transform(read_image(path)) for path in photos]))
     for i, result in enumerate(results):
@@ -155,8 +155,9 @@ def test_impossible_settings_are_told(model_file: str) -> None:
 
 
 def test_weights_that_answer_nonsense_are_told(photos: list[str]) -> None:
-    predictor = _tiny_predictor()
-    nn.init.constant_(predictor.task.model.head.weight, float("nan"))
+    model = _Colours()
+    nn.init.constant_(model.head.weight, float("nan"))
+    predictor = Predictor(model, _tiny_predictor().info, device="cpu")
     with pytest.raises(ModelFileError, match="not finite"):
         predictor(photos)
 

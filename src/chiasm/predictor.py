@@ -24,7 +24,9 @@ from chiasm.data.images import read_image, to_rgb
 from chiasm.data.machine import cores
 from chiasm.data.transforms import eval_transform
 from chiasm.errors import ChiasmError, ImageError, ModelFileError
+from chiasm.inference import optimize
 from chiasm.model_file import ModelInfo, resolve_model
+from chiasm.models import set_input_size
 from chiasm.results import Classification
 from chiasm.tasks.classify import Classify
 
@@ -55,7 +57,7 @@ class Predictor:
     """A model ready to use.
 
     Args:
-        model: any timm model with `len(info.labels)` classes.
+        model: any timm model with `len(info.labels)` classes; answers come from `chiasm.optimize` of it.
         info: what a model file says of it.
         device, image_size: as for `load`.
 
@@ -68,13 +70,16 @@ class Predictor:
         self, model: nn.Module, info: ModelInfo, *, device: str = "auto", image_size: int | None = None
     ) -> None:
         if image_size is not None:
-            info = replace(info, preprocess=replace(info.preprocess, size=_resize(model, info, image_size)))
+            if image_size < 1:
+                raise ChiasmError(f"image_size is {image_size}: expected 1 or more.")
+            size = (image_size, image_size)
+            if size != info.preprocess.size:
+                set_input_size(model, size)
+            info = replace(info, preprocess=replace(info.preprocess, size=size))
         self.info = info
         self.device = choose_device(device)
         self._transform = eval_transform(info.preprocess)
-        # Channels last is the faster layout for convolutions on CPUs and GPUs alike, and the same numbers.
-        model = model.eval().to(self.device).to(memory_format=torch.channels_last)
-        self.task = Classify(model, info.labels).eval()
+        self.task = Classify(optimize(model.eval().to(self.device)), info.labels).eval()
         # bfloat16 is exact enough to decide and twice as fast on GPUs that have it; elsewhere it is slow.
         self._half = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -180,20 +185,6 @@ def choose_device(name: str) -> torch.device:
     if name not in here:
         raise ChiasmError(f"device '{name}' is not here; there is {', '.join(here)}.")
     return torch.device(name)
-
-
-def _resize(model: nn.Module, info: ModelInfo, side: int) -> tuple[int, int]:
-    """Prepare `model` for square images of `side` pixels; most take any size, timm's ViT and Swin must be told."""
-    size = (side, side)
-    if side < 1:
-        raise ChiasmError(f"image_size is {side}: expected 1 or more.")
-    if size != info.preprocess.size and (set_size := getattr(model, "set_input_size", None)):
-        try:
-            set_size(img_size=size)
-        except (AssertionError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ChiasmError(f"{info.architecture} cannot take images of {side} px: {reason}.") from error
-    return size
 
 
 def _name(image: OneImage, index: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from chiasm.config import DescribeConfig, Preprocess
 from chiasm.errors import ChiasmError
 from chiasm.model_file import resolve_model
+from chiasm.models import set_input_size
 from chiasm.models.checkpoints import input_channels
 
 
@@ -121,11 +121,8 @@ def describe(**flags: Any) -> Description:
         **config.model_args,
     )
     size = _size(config.image_size) or info.preprocess.size
-    resize = getattr(model, "set_input_size", None)
-    if resize is not None and size != info.preprocess.size:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of timm about its own interpolation
-            resize(img_size=size)  # networks whose position embedding belongs to one size
+    if size != info.preprocess.size:
+        set_input_size(model, size)
     image = torch.zeros(1, input_channels(model), *size)
     try:
         outputs, stages, macs = _run(model, image)
