@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from chiasm.config import Preprocess, TrainConfig
 from chiasm.data import ImageData
 from chiasm.engine.freeze import freeze
-from chiasm.errors import ChiasmError
+from chiasm.errors import ChiasmError, UnknownNameError
 from chiasm.models import create_model
 
 
@@ -50,24 +51,33 @@ def build_model(config: TrainConfig, classes: int, *, load: bool = True) -> tupl
             if unwanted is None:
                 raise ChiasmError(f"{config.model} cannot be built with {config.model_args}: {error}.") from error
             del optional[unwanted]
-        except (OSError, RuntimeError) as error:
-            if not (config.pretrained and load):
-                raise
-            reason = str(error).splitlines()[0]
-            raise ChiasmError(
-                f"the published weights of {config.model} cannot be had ({reason}); give a file with --weights."
-            ) from error
     loaded = f"published weights of {config.model}" if config.pretrained else ""
     if config.weights and load:
-        from chiasm.models.checkpoints import load_weights
-
-        loaded = str(load_weights(model, config.weights))
+        loaded = _load(model, config.weights)
     if config.grad_checkpointing:
         _checkpoint_gradients(model, config.model)
     if config.freeze:
         freeze(model, config.freeze)
     optional.pop("drop_path_rate", None)
     return model.to(memory_format=torch.channels_last), optional | config.model_args, loaded
+
+
+def _load(model: nn.Module, weights: str) -> str:
+    """Load a checkpoint, or of 'conv=FILE,tokens=FILE' each into the part it is for; what was loaded, in words."""
+    from chiasm.models.checkpoints import load_weights
+
+    sources = [
+        re.fullmatch(r"([A-Za-z_][\w.]*)=(.+)", source) for source in re.split(r",(?=[A-Za-z_][\w.]*=)", weights)
+    ]
+    if not all(sources):
+        return str(load_weights(model, weights))
+    modules = dict(model.named_modules())
+    reports = []
+    for part, source in (found.groups() for found in sources if found):
+        if part not in modules:
+            raise UnknownNameError("part in --weights", part, [name for name in modules if name])
+        reports.append(f"{part}: {load_weights(modules[part], source)}")
+    return "\n".join(reports)
 
 
 def balanced_weights(data: ImageData) -> Tensor:

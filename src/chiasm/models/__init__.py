@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from chiasm.errors import ChiasmError, UnknownNameError
 from chiasm.models import conformer, mobilevit, mobilevitv2, swin
 from chiasm.models.coupled import couple, split_name
+from chiasm.models.published import published_weights
 
 ARCHITECTURES = (conformer, mobilevit, mobilevitv2, swin)  # one line per architecture
 
@@ -50,6 +52,7 @@ def create_model(
 
     Raises:
         UnknownNameError: for a name that neither we nor timm have, with the nearest.
+        CheckpointError: when the published weights cannot be had, or do not fit the arguments.
     """
     if coupled := split_name(name):
         return couple(*coupled, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, **kwargs)
@@ -57,7 +60,8 @@ def create_model(
         raise UnknownNameError("model", name, list_models(all=True), "See 'chiasm models --all'.")
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    return timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **kwargs)
+    with published_weights(name, kwargs) if pretrained else nullcontext():
+        return timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **kwargs)
 
 
 def set_input_size(model: nn.Module, size: tuple[int, int]) -> None:

@@ -28,12 +28,16 @@ def read_checkpoint(source: str | Path) -> Any:
         CheckpointError: for what cannot be fetched, is no complete checkpoint, or holds more than plain data.
     """
     if re.match(r"https?://", str(source)):
-        return _read_file(_download(str(source)), str(source))
+        return _read_file(download(str(source)), str(source))
     return _read_file(Path(source).expanduser(), str(source))
 
 
-def _download(url: str) -> Path:
-    """Fetch `url` into torch.hub's cache, once; a sha256 prefix in its name is checked."""
+def download(url: str) -> Path:
+    """Fetch `url` into torch.hub's cache, once; a sha256 prefix in its name is checked.
+
+    Raises:
+        CheckpointError: when it cannot be reached, or is not the file that its name says.
+    """
     name = Path(unquote(urlsplit(url).path)).name or "weights"
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     # Two addresses may end in one file name: only names that carry a hash are the same file wherever they come from.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,13 +248,14 @@ def _describe(
             f"{config.file}: lacks {lacks}, so it makes no model file. Train from it: chiasm train DATA --model "
             f"{found.architecture} --weights {config.file}"
         )
-    info = found.info
+    labels = _labels(config.labels, found.classes)
+    if found.info:
+        return replace(found.info, labels=labels or found.info.labels)
     return ModelInfo(
         architecture=found.architecture,
         model_args=args,
-        labels=_labels(config.labels, found.classes) or (info.labels if info else _numbered(found.classes)),
-        preprocess=info.preprocess if info else preprocess_of(model),
-        data=info.data if info else None,
+        labels=labels or tuple(f"class {i}" for i in range(found.classes)),
+        preprocess=preprocess_of(model),
     )
 
 
@@ -271,7 +272,3 @@ def _labels(file: str | None, classes: int) -> tuple[str, ...]:
     if len(labels) != classes:
         raise ChiasmError(f"--labels {file}: {len(labels)} names, expected {classes}, one class per line.")
     return labels
-
-
-def _numbered(classes: int) -> tuple[str, ...]:
-    return tuple(f"class {i}" for i in range(classes))
