@@ -256,6 +256,37 @@ def test_layer_decay_and_decay_groups() -> None:
     assert decay["heads.conv.weight"] == 0.1
 
 
+def test_weights_of_one_part(train: Callable[..., TrainResult], tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    conv = chiasm.create_model("test_resnet", num_classes=CLASSES)
+    torch.save(conv.state_dict(), tmp_path / "conv,a=b.pth")
+    flags: dict[str, Any] = {
+        "model": "test_resnet+test_vit:mid", "model_args": {}, "lr": 1e-12, "min_lr": 0, "weight_decay": 0,
+    }  # fmt: skip
+    model, _ = load_model(train(weights=f"conv={tmp_path / 'conv,a=b.pth'}", **flags).model)
+    torch.testing.assert_close(model.conv.layer1[0].conv1.weight, conv.layer1[0].conv1.weight)
+    with pytest.raises(UnknownNameError, match="did you mean conv"):
+        train(weights="cnv=x.pth", out=str(tmp_path / "other"), **flags)
+
+
+def test_parts_with_rates_of_their_own() -> None:
+    model = chiasm.create_model("conformer_nano_patch8_64", num_classes=CLASSES, **TINY)
+    scales = {"blocks": 0.5, "blocks.0.transformer": 0.1, "heads.conv": 0}
+    optimizer = make_optimizer(model, TrainConfig(layer_decay=None, lr_scale=scales))
+    set_rate(optimizer, 2.0)
+    rate = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    rates = {name: rate[id(parameter)] for name, parameter in model.named_parameters()}
+    assert len(rates) == sum(len(group["params"]) for group in optimizer.param_groups)
+    assert rates["stem.conv.weight"] == rates["heads.tokens.weight"] == 2.0
+    assert rates["blocks.0.conv_in.conv1.weight"] == 1.0
+    assert rates["blocks.0.transformer.attn.qkv.weight"] == pytest.approx(0.2)
+    assert rates["heads.conv.weight"] == 0
+    with pytest.raises(UnknownNameError, match="did you mean blocks"):
+        make_optimizer(model, TrainConfig(lr_scale={"block": 0.5}))
+    with pytest.raises(ChiasmError, match="lr_scale of stem is 'slow': expected a number"):
+        make_optimizer(model, TrainConfig(lr_scale={"stem": "slow"}))
+
+
 def test_balanced_weights_count_each_class_alike(tmp_path: Path) -> None:
     from chiasm.data import open_data
     from chiasm.engine.build import balanced_weights

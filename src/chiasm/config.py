@@ -129,7 +129,7 @@ class TrainConfig(Config):
     recipe: RecipeName = _flag("scratch", "defaults by purpose: scratch, finetune or quick")
     out: str | None = _flag(None, "run folder; default runs/<data>-<model>-<number>")
     resume: str | None = _flag(None, "run folder to continue from its last complete checkpoint")
-    weights: str | None = _flag(None, "checkpoint to start from: a path or URL, any published dialect")
+    weights: str | None = _flag(None, "checkpoint to start from: a path or URL, any dialect; of a part: conv=FILE")
     pretrained: bool = _flag(False, "start from the weights published for this architecture")
     model_args: dict[str, Any] = _flag({}, "further arguments of the architecture, as YAML: '{coupling: none}'")
 
@@ -152,6 +152,7 @@ class TrainConfig(Config):
     momentum: float = _flag(0.9, "momentum of SGD and RMSprop, beta1 of the others")
     layer_decay: float | None = _flag(None, "factor on the learning rate per layer from the head down, e.g. 0.75")
     clip_grad: float | None = _flag(1.0, "gradient norm at most this")
+    lr_scale: dict[str, Any] = _flag({}, "learning rates of parts over --lr, by prefix, as YAML: '{conv: 0.1}'")
     freeze: list[str] = _flag([], "prefixes of parameters that stay as they are; 'backbone' means all but the heads")
 
     # regularisation

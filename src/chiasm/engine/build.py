@@ -66,17 +66,15 @@ def _load(model: nn.Module, weights: str) -> str:
     """Load a checkpoint, or of 'conv=FILE,tokens=FILE' each into the part it is for; what was loaded, in words."""
     from chiasm.models.checkpoints import load_weights
 
-    sources = [
-        re.fullmatch(r"([A-Za-z_][\w.]*)=(.+)", source) for source in re.split(r",(?=[A-Za-z_][\w.]*=)", weights)
-    ]
-    if not all(sources):
+    if not re.match(r"[A-Za-z_]\w*=", weights):
         return str(load_weights(model, weights))
-    modules = dict(model.named_modules())
+    parts = dict(model.named_children())
     reports = []
-    for part, source in (found.groups() for found in sources if found):
-        if part not in modules:
-            raise UnknownNameError("part in --weights", part, [name for name in modules if name])
-        reports.append(f"{part}: {load_weights(modules[part], source)}")
+    for source in re.split(rf",(?=(?:{'|'.join(parts)})=)", weights):
+        part, _, path = source.partition("=")
+        if part not in parts:
+            raise UnknownNameError("part in --weights", part, parts)
+        reports.append(f"{part}: {load_weights(parts[part], path)}")
     return "\n".join(reports)
 
 

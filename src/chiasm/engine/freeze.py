@@ -12,8 +12,8 @@ from chiasm.errors import ChiasmError, UnknownNameError
 BACKBONE = "backbone"
 
 
-def freeze(model: nn.Module, prefixes: Sequence[str]) -> list[str]:
-    """Freeze every parameter under one of `prefixes` (dotted module or parameter names; 'backbone': all but the heads).
+def freeze(model: nn.Module, parts: Sequence[str]) -> list[str]:
+    """Freeze every parameter under one of `parts` (dotted module or parameter names; 'backbone': all but the heads).
 
     Returns:
         The names of the frozen parameters.
@@ -23,19 +23,19 @@ def freeze(model: nn.Module, prefixes: Sequence[str]) -> list[str]:
         ChiasmError: when nothing would be left to train.
     """
     names = [name for name, _ in model.named_parameters()]
-    known = _prefixes(names)
+    known = prefixes(names)
     heads = _head_parameters(model)
-    for prefix in prefixes:
+    for prefix in parts:
         if prefix != BACKBONE and prefix not in known:
             raise UnknownNameError("prefix to freeze", prefix, [*known, BACKBONE], "See 'chiasm describe MODEL'.")
     frozen = []
     for name, parameter in model.named_parameters():
-        by_name = any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
-        if by_name or (BACKBONE in prefixes and id(parameter) not in heads):
+        by_name = any(name == prefix or name.startswith(f"{prefix}.") for prefix in parts)
+        if by_name or (BACKBONE in parts and id(parameter) not in heads):
             parameter.requires_grad_(False)
             frozen.append(name)
     if len(frozen) == len(names):
-        raise ChiasmError(f"--freeze {' '.join(prefixes)} freezes all {len(names)} parameters; leave some to train.")
+        raise ChiasmError(f"--freeze {' '.join(parts)} freezes all {len(names)} parameters; leave some to train.")
     return frozen
 
 
@@ -50,7 +50,8 @@ def frozen_norms(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _prefixes(names: Iterable[str]) -> list[str]:
+def prefixes(names: Iterable[str]) -> list[str]:
+    """The names of all parts that these parameters are in, and theirs."""
     parts = (name.split(".") for name in names)
     return list(dict.fromkeys(".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)))
 

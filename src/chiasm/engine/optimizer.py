@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from chiasm.config import TrainConfig
-from chiasm.errors import ChiasmError
+from chiasm.engine.freeze import prefixes
+from chiasm.errors import ChiasmError, UnknownNameError
 
 BETA2 = {"adamw": 0.999, "adam": 0.999, "lamb": 0.999, "lion": 0.99}
 
@@ -18,17 +19,20 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """The optimiser of `model`'s trainable parameters.
 
     No weight decay on biases, norms and what `model.no_weight_decay()` lists. With `layer_decay` each group carries an
-    `lr_scale` that falls towards the input, by `model.group_matcher()`.
+    `lr_scale` that falls towards the input, by `model.group_matcher()`. The parts named in `config.lr_scale` have
+    theirs multiplied by it.
 
     Raises:
-        ChiasmError: for layer decay with a model that does not say how its layers follow each other.
+        ChiasmError: for layer decay with a model that does not say how its layers follow each other, or a scale that is
+            no number from 0.
+        UnknownNameError: for a scale of a part that the model has not.
     """
     if config.layer_decay is not None and not hasattr(model, "group_matcher"):
         raise ChiasmError(f"{config.model} does not order its layers, so --layer-decay cannot be used; leave it out.")
     own: dict[str, Any] = {"momentum": config.momentum}
     if config.optimizer in BETA2:
         own = {"betas": (config.momentum, BETA2[config.optimizer])}
-    return create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         model,
         opt=config.optimizer,
         lr=config.lr,
@@ -36,6 +40,28 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         layer_decay=config.layer_decay,
         **own,
     )
+    _scale_parts(optimizer, model, config.lr_scale)
+    return optimizer
+
+
+def _scale_parts(optimizer: Optimizer, model: nn.Module, scales: dict[str, Any]) -> None:
+    """Divide the groups so that each part has a rate of its own; of prefixes within each other the longest counts."""
+    known = prefixes(name for name, _ in model.named_parameters())
+    for prefix, scale in scales.items():
+        if prefix not in known:
+            raise UnknownNameError("part in lr_scale", prefix, known, "See 'chiasm describe MODEL'.")
+        if not isinstance(scale, (int, float)) or not 0 <= scale < float("inf"):
+            raise ChiasmError(f"lr_scale of {prefix} is {scale!r}: expected a number from 0, such as 0.1.")
+    factors = {id(parameter): 1.0 for parameter in model.parameters()}
+    for prefix in sorted(scales, key=len):
+        for name, parameter in model.named_parameters():
+            if f"{name}.".startswith(f"{prefix}."):
+                factors[id(parameter)] = float(scales[prefix])
+    groups, optimizer.param_groups = optimizer.param_groups, []
+    for group in groups:
+        for factor in dict.fromkeys(factors[id(parameter)] for parameter in group["params"]):
+            own = [parameter for parameter in group["params"] if factors[id(parameter)] == factor]
+            optimizer.add_param_group({**group, "params": own, "lr_scale": group.get("lr_scale", 1.0) * factor})
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:
