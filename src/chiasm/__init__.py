@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "create_model": "chiasm.models",
     "list_models": "chiasm.models",
+    "couple": "chiasm.models.coupled",
     "load_weights": "chiasm.models.checkpoints",
     "optimize": "chiasm.inference",
     "load": "chiasm.predictor",
