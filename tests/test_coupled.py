@@ -305,6 +305,9 @@ def test_features_only() -> None:
     assert [tuple(level.shape) for level in maps] == [(2, 64, 16, 16), (2, 512, 2, 2)]
     assert backbone.feature_info.reduction() == [4, 32]
     sum(level.mean() for level in maps).backward()
+    with_tokens = create_model(f"resnet18+{VIT}:mid", features_only=True, token_level=True, tokens_args=VIT_ARGS)
+    assert with_tokens.feature_info.channels() == [64, 64, 128, 256, 48, 512]
+    assert [level.shape[1] for level in with_tokens(_images())] == [64, 64, 128, 256, 48, 512]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -76,7 +76,7 @@ class CoupledConfig:
         keep_patches: early: add the map to the Transformer's own patch embedding, beginning with nothing, rather than
             put it in its place.
         branches: mid and late with logits: which branches answer. One alone runs without the other, for speed.
-        token_level: `features_only` also gives the tokens, as a map, last.
+        token_level: `features_only` also gives the tokens, as a map, behind the level of their stride.
     """
 
     fusion: Fusion = "mid"
@@ -138,18 +138,27 @@ class Coupled(nn.Module):
 
     def _set_levels(self, steps: Sequence[int]) -> None:
         """State the maps behind these steps, and where asked for the tokens, as the levels of `features_only`."""
-        self.level_steps = [*steps, -1] if self.config.token_level else list(steps)
-        tokens = {"num_chs": self.token_steps.dim, "reduction": self.token_steps.patch[0], "module": "tokens.blocks"}
-        self.feature_info: list[dict[str, Any]] = [
-            tokens
-            if i < 0
-            else {
-                "num_chs": self.conv_steps.sizes[i].channels,
-                "reduction": self.conv_steps.sizes[i].reduction,
-                "module": f"conv.{self.conv_steps.names[i]}",
-            }
-            for i in self.level_steps
+        levels = [
+            (
+                step,
+                {
+                    "num_chs": self.conv_steps.sizes[step].channels,
+                    "reduction": self.conv_steps.sizes[step].reduction,
+                    "module": f"conv.{self.conv_steps.names[step]}",
+                },
+            )
+            for step in steps
         ]
+        if self.config.token_level:
+            tokens = {
+                "num_chs": self.token_steps.dim,
+                "reduction": self.token_steps.patch[0],
+                "module": "tokens.blocks",
+            }
+            levels.append((-1, tokens))
+        levels.sort(key=lambda level: level[1]["reduction"])  # timm wants them from fine to coarse
+        self.level_steps = [step for step, _ in levels]
+        self.feature_info: list[dict[str, Any]] = [info for _, info in levels]
 
     # ---------------------------------------------------------------------------------------------------- running parts
 
