@@ -6,10 +6,7 @@ import argparse
 import hashlib
 import os
 import pathlib
-import threading
-from collections.abc import Iterator, Mapping
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -262,19 +259,6 @@ def test_plain_weights_come_before_averaged_ones_of_other_trainers() -> None:
 def test_entries_that_are_no_tensors_are_named() -> None:
     report = load_weights(_build(), {**_build().state_dict(), "epoch": 3})
     assert report.left_out == {"epoch": "not a tensor but int"}
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
-    """A web server on this machine over an empty folder, and an empty cache of torch.hub."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "served"
-    folder.mkdir()
-    handler = partial(type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None}), directory=folder)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{http.server_port}", folder
-        http.shutdown()
 
 
 def test_a_url_is_fetched_once_and_its_hash_checked(server: tuple[str, Path]) -> None:

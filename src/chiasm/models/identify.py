@@ -53,7 +53,8 @@ def identify(state: Mapping[str, Tensor], hints: tuple[str, ...] = ()) -> list[M
 
     Args:
         state: weights by name, from anywhere.
-        hints: names of timm's architectures to try where none of ours fits wholly, the likeliest first.
+        hints: names that the file points to, the likeliest first: of ours, to choose among those that fit alike, and of
+            timm's, to try where none of ours fits wholly.
     """
     shapes = shapes_of(state)
     matches: list[Match] = []
@@ -69,18 +70,19 @@ def identify(state: Mapping[str, Tensor], hints: tuple[str, ...] = ()) -> list[M
         pointed_to = [fit(state, name) for name in hints]
         if (share := max((match.share for match in pointed_to), default=0.0)) > best:
             matches, best = pointed_to, share
-    return [match for match in matches if match.share == best]
+    alike = [match for match in matches if match.share == best]
+    return sorted(alike, key=lambda match: [*hints, match.architecture].index(match.architecture))
 
 
 def fit(state: Mapping[str, Tensor], name: str, **model_args: Any) -> Match:
     """How `state` fits the architecture `name`, built with `model_args`."""
-    model = _sketch(name, **model_args)
+    model = sketch(name, **model_args)
     naming, weights, _ = read_weights(model, state)
     return _match(name, model, [(naming, weights)])
 
 
 def hints_of(content: Any, source: str | Path) -> tuple[str, ...]:
-    """Names of timm's architectures that a checkpoint's `content`, its file's name or a file beside it point to."""
+    """Names of architectures that a checkpoint's `content`, its file's name or a file beside it point to."""
     path = Path(unquote(urlsplit(str(source)).path))
     named = [str(content.get(key)) for key in ("arch", "architecture") if isinstance(content, Mapping)]
     named += [stated] if (stated := _stated_beside(path)) else []
@@ -100,13 +102,16 @@ def _stated_beside(path: Path) -> str | None:
     return stated if isinstance(stated, str) else None
 
 
-def _sketch(name: str, **model_args: Any) -> nn.Module:
-    """The architecture on the meta device: names and shapes without memory."""
-    with torch.device("meta"):
+def sketch(name: str, **model_args: Any) -> nn.Module:
+    """The architecture on the meta device: names and shapes without memory; on the CPU where it looks at numbers."""
+    try:
+        with torch.device("meta"):
+            return create_model(name, **model_args)
+    except (RuntimeError, NotImplementedError):
         return create_model(name, **model_args)
 
 
-_known = cache(_sketch)
+_known = cache(sketch)
 
 
 def _match(name: str, model: nn.Module, readings: list[tuple[str, dict[str, Weight]]]) -> Match:

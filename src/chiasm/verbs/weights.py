@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
@@ -21,7 +20,9 @@ from chiasm.model_file import METADATA_KEY, RUN_FILE, ModelInfo, load_model, pre
 from chiasm.models import create_model, list_models
 from chiasm.models.checkpoint_file import read_checkpoint
 from chiasm.models.checkpoints import WeightsReport, plan, weights_in
-from chiasm.models.identify import fit, hints_of, identify
+from chiasm.models.identify import fit, hints_of, identify, sketch
+
+LINE = 1000  # characters; longer than any row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +109,8 @@ def weights(**flags: Any) -> Identified:
     args = dict(found.info.model_args if found.info else config.model_args)
     if found.in_chans != 3:
         args.setdefault("in_chans", found.in_chans)
-    with torch.device("cpu" if config.out else "meta"):  # without --out, shapes are all that is asked
-        model = create_model(found.architecture, num_classes=found.classes, **args)
+    build = create_model if config.out else sketch  # without --out, shapes are all that is asked
+    model = build(found.architecture, num_classes=found.classes, **args)
     report, values = plan(model, content, config.file)
     if config.out:
         info = _describe(config, found, report, model, args)
@@ -135,6 +136,8 @@ def show(result: Identified, config: WeightsConfig) -> int:
         print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
         return 0
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=LINE)  # one line for each key in files and pipes
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("in the file", overflow="fold")
     table.add_column("shape", justify="right", no_wrap=True)
@@ -156,7 +159,7 @@ def _summary(result: Identified) -> Iterator[str]:
     classes = f"{result.classes} classes" if result.classes else "no classifier"
     yield f"\n{result.file}: {result.architecture}, {classes}, in {result.naming}; known by {result.known_by}"
     if result.alternatives:
-        yield f"  the weights fit {' and '.join(result.alternatives)} as well; say which with --model"
+        yield f"  the weights alone would fit {', '.join(result.alternatives)} as well: if so, say it with --model"
     counts = Counter(entry.fate for entry in result.entries)
     fates = ", ".join(f"{counts[fate]} {fate}" for fate in ("loaded", "renamed", "adapted", "left out"))
     yield f"  {len(result.entries)} entries: {fates}; {len(result.missing)} weights missing"
