@@ -9,6 +9,7 @@ take (another device, autocast, a gradient, a graph being traced), the same laye
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, Self
@@ -32,7 +33,9 @@ _ACTS: dict[str, tuple[Callable[[Tensor], Tensor], str, list[float], str]] = {
 }
 
 
-@cache
+_ORDERING = threading.RLock()  # a weight changes its form while no other thread looks at it
+
+
 def _has_operators() -> bool:
     wanted = ("_linear_pointwise", "_convolution_pointwise", "_convolution_pointwise_", "_reorder_linear_weight")
     return torch.backends.mkldnn.is_available() and all(
@@ -40,12 +43,12 @@ def _has_operators() -> bool:
     )
 
 
-def _takes(weight: Tensor) -> bool:
-    """Whether oneDNN's operators work on this weight."""
-    types = [torch.float32]
-    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        types.append(torch.bfloat16)
-    return weight.device.type == "cpu" and weight.dtype in types and _has_operators()
+@cache
+def _takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's operators are here and compute in this type."""
+    if dtype == torch.bfloat16:
+        return _has_operators() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 and _has_operators()
 
 
 def _folded(layer: nn.Linear | nn.Conv2d, bn: BatchNorm | None) -> tuple[Tensor, Tensor | None]:
@@ -69,70 +72,61 @@ class Fused(nn.Module):
         self.act = act
         self.plain: nn.Parameter | None = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self._ordered: tuple[tuple[int, ...], Tensor] | None = None  # the input shape it was ordered for, the weight
+        self._ordered: Tensor | None = None
+        self._settle()
 
     @property
     def weight(self) -> Tensor:
         """The weight in its plain order, made anew on each call where oneDNN holds it."""
-        if self._ordered is not None:
-            return self._ordered[1].to_dense()
-        assert self.plain is not None
-        return self.plain
+        with _ORDERING:
+            return self._held if self._ordered is None else self._ordered.to_dense()
 
-    def _order(self, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A plain weight in the order that suits an input of this shape; `()` where it is not known yet."""
-        raise NotImplementedError
-
-    def _hold(self) -> None:
-        if self.plain is not None and _takes(self.plain):
-            self._ordered = (), self._order(self.plain.data, ())
-            self.plain = None
-
-    def _release(self) -> None:
-        if self._ordered is not None:
-            self.plain, self._ordered = nn.Parameter(self.weight, requires_grad=False), None
-
-    def _ordered_for(self, x: Tensor) -> Tensor | None:
-        """The ordered weight where oneDNN's operators may be used on this input, else None."""
-        if self._ordered is None:
-            return None
-        shape, weight = self._ordered
-        if (
-            x.dtype != weight.dtype
-            or x.device.type != "cpu"
-            or (x.requires_grad and torch.is_grad_enabled())
-            or torch.is_autocast_enabled("cpu")
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-        ):
-            return None
-        wanted = self._shape_that_matters(x)
-        if shape != wanted:
-            weight = self._order(weight.to_dense(), wanted)
-            self._ordered = wanted, weight  # one assignment, so that threads with other sizes do not get in the way
+    @property
+    def _held(self) -> Tensor:
+        weight = self.plain if self._ordered is None else self._ordered
+        assert weight is not None
         return weight
 
-    def _shape_that_matters(self, x: Tensor) -> tuple[int, ...]:
-        return ()
+    def _settle(self) -> None:
+        """Choose the form in which a weight that has just come is held."""
+
+    def _release(self) -> None:
+        """Hold the weight in its plain form."""
+        if self._ordered is not None:
+            plain = self._ordered.to_dense().contiguous(memory_format=self._layout)
+            self.plain, self._ordered = nn.Parameter(plain, requires_grad=False), None
+
+    _layout = torch.contiguous_format
+
+    def _fast(self, x: Tensor) -> bool:
+        """Whether oneDNN's operators may be used on this input."""
+        return (
+            x.device.type == "cpu"
+            and _takes(x.dtype)
+            and not (x.requires_grad and torch.is_grad_enabled())
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._release()
-        super()._apply(fn, recurse)
-        self._hold()
+        with _ORDERING:
+            self._release()
+            super()._apply(fn, recurse)
+            self._settle()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_parameters": dict(self._parameters), "_ordered": None}
-        if self._ordered is not None:
-            state["_parameters"]["plain"] = nn.Parameter(self.weight, requires_grad=False)
+        state["_parameters"]["plain"] = nn.Parameter(self.weight, requires_grad=False)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._hold()
+        self._settle()
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, act={self.act}, {'oneDNN' if self.plain is None else 'plain'}"
+        return f"{tuple(self._held.shape)}, act={self.act}"
 
 
 class FusedLinear(Fused):
@@ -141,27 +135,34 @@ class FusedLinear(Fused):
     def __init__(self, linear: nn.Linear, act: Act = "none", bn: nn.BatchNorm1d | None = None) -> None:
         super().__init__(*_folded(linear, bn), act)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._hold()
 
-    def _order(self, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    def _settle(self) -> None:
+        # One order suits inputs of all lengths, so it is chosen at once.
+        if self.plain is not None and self.plain.device.type == "cpu" and _takes(self.plain.dtype):
+            self._ordered = torch.ops.mkldnn._reorder_linear_weight(self.plain.data.contiguous(), None)
+            self.plain = None
 
     def forward(self, x: Tensor) -> Tensor:
         function, name, numbers, algorithm = _ACTS[self.act]
-        weight = self._ordered_for(x)
-        if weight is None:
+        if self._ordered is None or self._ordered.dtype != x.dtype or not self._fast(x):
             return function(F.linear(x, self.weight, self.bias))
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, self.bias, name, numbers, algorithm)
+        return torch.ops.mkldnn._linear_pointwise.default(x, self._ordered, self.bias, name, numbers, algorithm)
 
 
 class FusedConv2d(Fused):
     """act(bn(conv(x)) + addend): (B, in_channels, H, W) -> (B, out_channels, H', W'), in channels-last order.
+
+    Which order of the weight is fastest depends on the input's shape, and one that was made for another shape can cost
+    ten times the convolution. So the weight is ordered for a shape that comes twice in a row, and plain for one that
+    is new: images that all have other sizes pay nothing.
 
     Args:
         conv: with zero padding given in numbers; another kind is refused with ValueError (see `can_fuse`).
         bn: with statistics of its own, as is usual.
         act: applied last.
     """
+
+    _layout = torch.channels_last
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None, act: Act = "none") -> None:
         if not self.can_fuse(conv):
@@ -171,7 +172,7 @@ class FusedConv2d(Fused):
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
         self.dilation, self.groups = conv.dilation, conv.groups
-        self._hold()
+        self._shape: torch.Size | None = None  # of the last input, for which the ordered weight is
 
     @staticmethod
     def can_fuse(conv: nn.Module) -> bool:
@@ -182,18 +183,27 @@ class FusedConv2d(Fused):
     def _sizes(self) -> tuple[Any, ...]:
         return self.padding, self.stride, self.dilation, self.groups
 
-    def _order(self, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return torch.ops.mkldnn._reorder_convolution_weight(weight, *self._sizes, list(shape) or None)
-
-    def _shape_that_matters(self, x: Tensor) -> tuple[int, ...]:
-        # An order made for another size would be put right within each call, at up to ten times the call's own cost.
-        return tuple(x.shape)
+    def _weight_for(self, x: Tensor) -> Tensor | None:
+        """The weight for oneDNN's operators and this input; None where they are not to be used."""
+        if not self._fast(x):
+            return None
+        with _ORDERING:
+            if self._held.dtype != x.dtype:
+                return None
+            if self._shape != x.shape:
+                self._shape = x.shape
+                self._release()
+            elif self._ordered is None:
+                weight = self._held.data
+                self._ordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._sizes, list(x.shape))
+                self.plain = None
+            return self._held
 
     def forward(self, x: Tensor, addend: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
         """`addend` has the output's shape; with `overwrite` its memory may become the output's."""
         function, name, numbers, algorithm = _ACTS[self.act]
         x = x.contiguous(memory_format=torch.channels_last)
-        weight = self._ordered_for(x)
+        weight = self._weight_for(x)
         if weight is None:
             y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
             return function(y if addend is None else y + addend)
