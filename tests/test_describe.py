@@ -196,3 +196,17 @@ def test_a_pattern_that_matches_nothing() -> None:
         models(pattern="resnet18")
     with pytest.raises(UnknownNameError, match="conformer_tiny_patch16_224"):
         models(pattern="conformer_tinny_patch16_224")
+
+
+def test_a_coupled_model_is_shown_in_the_order_in_which_it_runs() -> None:
+    result = chiasm.describe(
+        model="resnet18+vit_tiny_patch16_224:mid", model_args={"tokens_args": {"depth": 4}}, num_classes=3
+    )
+    rows = [stage.name for stage in result.stages]
+    steps = ["conv.layer1.1", "exchanges.0", "conv.layer2.0", "exchanges.1", "conv.layer4.1", "tokens.blocks.2"]
+    assert [name for name in rows if name in steps] == steps
+    assert rows.index("exchanges.3") < rows.index("tokens.blocks.3") < rows.index("tokens.head")
+    exchange = next(stage for stage in result.stages if stage.name == "exchanges.1")
+    assert exchange.map == (128, 28, 28)
+    assert exchange.tokens == (196, 192)
+    assert set(result.outputs) == {"output", "conv", "tokens"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -148,6 +148,7 @@ def show(result: Description, config: DescribeConfig) -> int:
         print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
         return 0
     console = Console()
+    console.width = console.width if console.is_terminal else max(console.width, 120)
     weights = "" if result.trained else ", random weights"
     console.print(f"[bold]{result.architecture}[/bold]{weights}\n", highlight=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -233,13 +234,14 @@ def _run(model: nn.Module, image: Tensor) -> tuple[dict[str, tuple[int, ...]], t
     return outputs, tuple(stages), total
 
 
-def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that make the rows: the children, and the children of those that hold the feature levels."""
-    levels = [level["module"] for level in _feature_info(model)]
+def _parts(model: nn.Module, levels: Sequence[str] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that make the rows: the children, and in their place those of containers, of what holds feature
+    levels and of networks within a network."""
+    levels = [*levels, *(level["module"] for level in _feature_info(model))]
     for name, child in model.named_children():
-        holds_levels = any(level.startswith(f"{name}.") for level in levels)
-        if isinstance(child, nn.ModuleList | nn.ModuleDict) or (isinstance(child, nn.Sequential) and holds_levels):
-            yield from ((f"{name}.{inner}", module) for inner, module in child.named_children())
+        inside = [level.removeprefix(f"{name}.") for level in levels if level.startswith(f"{name}.")]
+        if inside or isinstance(child, nn.ModuleList | nn.ModuleDict) or _feature_info(child):
+            yield from ((f"{name}.{inner}", module) for inner, module in _parts(child, inside))
         else:
             yield name, child
 
