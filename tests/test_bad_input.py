@@ -36,10 +36,15 @@ def _write(path: Path, content: bytes) -> str:
     return str(path)
 
 
-def _weights(root: Path, name: str) -> str:
+def _weights(root: Path, name: str, num_classes: int = 7) -> str:
     path = root / "weights.pth"
-    torch.save({"model": chiasm.create_model(name, num_classes=7).state_dict()}, path)
+    torch.save({"model": chiasm.create_model(name, num_classes=num_classes).state_dict()}, path)
     return str(path)
+
+
+def _cut(root: Path, share: float) -> str:
+    content = Path(_weights(root, "swin_nano_window4_128")).read_bytes()
+    return _write(root / "cut.pth", content[: int(share * len(content))])
 
 
 def _model_file(root: Path) -> str:
@@ -59,9 +64,9 @@ class _Payload:
         return (Path.touch, (self.marker,))
 
 
-def _hostile(root: Path) -> str:
+def _hostile(root: Path, protocol: int = 2) -> str:
     with open(root / "hostile.pth", "wb") as file:
-        pickle.dump({"model": _Payload(root / "executed")}, file, protocol=2)
+        pickle.dump({"model": _Payload(root / "executed")}, file, protocol=protocol)
     return str(root / "hostile.pth")
 
 
@@ -84,6 +89,7 @@ def _run(root: Path) -> Path:
 
 
 TRAIN = ["--model", NANO, "--epochs", "1", "--workers", "0"]
+SCENES = "scenes:size=32,count=32,val=16"
 
 # what is wrong -> (the command's words, made in a fresh folder; what its one line must say)
 TABLE: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
@@ -156,6 +162,48 @@ TABLE: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     "weights are missing": (
         lambda tmp: ["train", "scenes:size=32,count=32,val=16", *TRAIN, "--weights", str(tmp / "no.pth")],
         ["no.pth"],
+    ),
+    "weights of another size name the right one": (
+        lambda tmp: ["train", SCENES, *TRAIN, "--weights", _weights(tmp, "conformer_nano_patch16_128")],
+        ["weights.pth", "has shape", "It fits conformer_nano_patch16_128"],
+    ),
+    "weights of another family name the right one": (
+        lambda tmp: ["train", SCENES, *TRAIN, "--weights", _weights(tmp, "swin_nano_window4_128")],
+        ["weights.pth", "It fits swin_nano_window4_128"],
+    ),
+    "window that is none": (
+        lambda tmp: ["describe", "swin_nano_window4_128", "--model-args", "{window_size: 1}"],
+        ["window_size 1", "such as 7"],
+    ),
+    "published weights without a network": (
+        lambda tmp: ["train", SCENES, "--model", "swin_tiny_window7_224", "--pretrained", "--image-size", "64"],
+        ["swin_tiny_window7_224", "cannot be fetched from https://", "--weights FILE"],
+    ),
+    "nothing published": (
+        lambda tmp: ["train", SCENES, *TRAIN, "--pretrained"],
+        ["no weights are published for " + NANO],
+    ),
+    "identify what is missing": (lambda tmp: ["weights", str(tmp / "no.pth")], ["no.pth", "no such file"]),
+    "identify what is cut": (lambda tmp: ["weights", _cut(tmp, 0.5)], ["cut.pth", "not a complete checkpoint"]),
+    "identify what runs code": (
+        lambda tmp: ["weights", _hostile(tmp)],
+        ["hostile.pth", "code from files is never run"],
+    ),
+    "identify what runs code, newer": (
+        lambda tmp: ["weights", _hostile(tmp, protocol=5)],
+        ["hostile.pth", "a pickle of a newer protocol", "code from files is never run"],
+    ),
+    "identify a page": (
+        lambda tmp: ["weights", _write(tmp / "w.pth", b"<!doctype html>" * 9)],
+        ["w.pth", "a web page"],
+    ),
+    "identify an unknown network": (
+        lambda tmp: ["weights", _weights(tmp, "test_resnet")],
+        ["weights.pth", "fit no architecture", "--model NAME"],
+    ),
+    "convert without a classifier": (
+        lambda tmp: ["weights", _weights(tmp, NANO, num_classes=0), "--out", "x.safetensors"],
+        ["lacks a classifier", "chiasm train DATA --model conformer_nano_patch"],
     ),
     "resume what is no run": (lambda tmp: ["train", "--resume", str(tmp)], ["ordner mit ümlaut", "not a run folder"]),
     "out is a file": (

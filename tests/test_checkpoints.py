@@ -315,6 +315,12 @@ def test_code_in_a_file_is_never_run(zipped: bool, nested: bool, tmp_path: Path)
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_newer_pickle_is_named_as_such(zipped: bool, tmp_path: Path) -> None:
+    torch.save(_build().state_dict(), tmp_path / "x.pth", pickle_protocol=4, _use_new_zipfile_serialization=zipped)
+    _refused(tmp_path / "x.pth", "holds a pickle of a newer protocol.*convert it once")
+
+
 def test_a_training_checkpoint_with_its_command_line() -> None:
     """A Namespace alone is an empty shell around values: the weights are read and it is left out, by name."""
     origin, model = _build(seed=1), _build(seed=2)

@@ -197,9 +197,9 @@ def _find_file(ref: str) -> Path | None:
         if path.parent.name == "checkpoints" and run.is_file():
             raise ModelFileError(f"{path}: a training checkpoint; give its run folder instead: {run.parent}")
         raise ModelFileError(
-            f"{path}: a checkpoint of weights alone, which does not say its architecture or classes. In Python, "
-            f"chiasm.load_weights(model, '{path}') reads it; 'chiasm train DATA --model NAME --weights {path}' starts "
-            "from it."
+            f"{path}: a checkpoint of weights alone, which does not say its architecture or classes. Make it a model "
+            f"file: chiasm weights {path} --out model.safetensors; or start training from it: chiasm train DATA "
+            f"--model NAME --weights {path}"
         )
     if path.is_file():
         return path
@@ -237,8 +237,9 @@ def _read(path: Path) -> tuple[ModelInfo, dict[str, Tensor]]:
 def _parse(path: Path, metadata: Mapping[str, str]) -> ModelInfo:
     if METADATA_KEY not in metadata:
         raise ModelFileError(
-            f"{path}: .safetensors weights without chiasm's description (architecture, classes, preprocessing). Start "
-            f"training from them: chiasm train DATA --model NAME --weights {path}"
+            f"{path}: .safetensors weights without chiasm's description (architecture, classes, preprocessing). Make "
+            f"them a model file: chiasm weights {path} --out model.safetensors; or start training from them: chiasm "
+            f"train DATA --model NAME --weights {path}"
         )
     try:
         content = json.loads(metadata[METADATA_KEY])

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -79,7 +80,7 @@ def _read_file(path: Path, label: str) -> Any:
         raise CheckpointError(f"{label}: a git-lfs pointer, not the weights; fetch them: git lfs pull")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1e8:  # the length of the JSON that starts there
         return _read_safetensors(path, label, size)
-    return _read_torch(path, label, size, zipped=head.startswith(b"PK"))
+    return _read_torch(path, label, size, head)
 
 
 def _read_safetensors(path: Path, label: str, size: int) -> Any:
@@ -90,15 +91,20 @@ def _read_safetensors(path: Path, label: str, size: int) -> Any:
         raise CheckpointError(f"{label}: incomplete or damaged .safetensors file ({size} bytes, {reason}).") from error
 
 
-def _read_torch(path: Path, label: str, size: int, *, zipped: bool) -> Any:
+def _read_torch(path: Path, label: str, size: int, head: bytes) -> Any:
     """torch.load of plain data. Of Python's own classes, only the empty shell argparse.Namespace is let through."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of newer pickles, which are refused below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
     except pickle.UnpicklingError as error:
-        if named := re.search(r"(?:GLOBAL|class|function|type) ([\w.]+\.[\w.]+)", str(error)):
+        named = re.search(r"GLOBAL ([\w.]+)|(?:class|function|type) ([\w.]+\.[\w.]+)", str(error))
+        what = f"'{named[1] or named[2]}'" if named else ""
+        if not what and (head.startswith(b"PK") or (head[:1] == b"\x80" and head[1:2] > b"\x02")):
+            what = "a pickle of a newer protocol than torch.save's"
+        if what:
             raise CheckpointError(
-                f"{label}: holds '{named[1]}' besides weights; code from files is never run. If you trust its origin, "
+                f"{label}: holds {what} besides weights; code from files is never run. If you trust its origin, "
                 f'convert it once: python -c "import torch; c = torch.load({str(path)!r}, weights_only=False); '
                 "torch.save(c.get('model', c.get('state_dict', c)), 'weights.pth')\""
             ) from error

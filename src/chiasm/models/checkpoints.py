@@ -91,7 +91,7 @@ class WeightsReport:
         rows = {
             "loaded": list(self.loaded),
             "renamed": [f"{old} -> {new}" for old, new in self.renamed.items()],
-            "adapted": [f"{to.key}: {to.what}" for to in self.adapted.values()],
+            "adapted": [f"{key} -> {to.key}: {to.what}" for key, to in self.adapted.items()],
             "left out": [f"{key}: {why}" for key, why in self.left_out.items()],
             "missing": list(self.missing),
         }

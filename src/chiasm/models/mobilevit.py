@@ -373,7 +373,7 @@ def mobilevit_s_256(pretrained: bool = False, **kwargs: Any) -> MobileViT:
 
 # -------------------------------------------------------------------------------------- names in published checkpoints
 
-# What both versions share. The authors' networks, and those made from them elsewhere, read BGR; timm's and these RGB.
+# What the tables of both versions share.
 CVNETS_STARTS = (
     # ours                          cvnets'
     ("stem",                        "conv_1"),
@@ -411,7 +411,8 @@ HUGGING_FACE_PARTS = (
     ("norm1", "layernorm_before"),
     ("norm2", "layernorm_after"),
 )
-READS_BGR = (("stem.conv.weight", BGR_TO_RGB),)
+# The authors' networks read BGR, and so do those made from them at Hugging Face and OpenMMLab; timm's and ours RGB.
+_READS_BGR = (("stem.conv.weight", BGR_TO_RGB),)
 
 DIALECTS = (
     Dialect(
@@ -429,7 +430,7 @@ DIALECTS = (
             ("mlp.fc1", "pre_norm_ffn.1"),
             ("mlp.fc2", "pre_norm_ffn.4"),
         ),
-        layouts=READS_BGR,
+        layouts=_READS_BGR,
     ),
     Dialect(
         name="Hugging Face's names",
@@ -446,7 +447,7 @@ DIALECTS = (
             ("mlp.fc1", "intermediate.dense"),
             ("mlp.fc2", "output.dense"),
         ),
-        layouts=READS_BGR,
+        layouts=_READS_BGR,
     ),
     Dialect(
         name="OpenMMLab's names",
@@ -471,7 +472,7 @@ DIALECTS = (
             ("mlp.fc1", "ffn.layers.0.0"),
             ("mlp.fc2", "ffn.layers.1"),
         ),
-        layouts=READS_BGR,
+        layouts=_READS_BGR,
     ),
 )
 

@@ -39,7 +39,6 @@ from chiasm.models.mobilevit import (
     CVNETS_STARTS,
     HUGGING_FACE_PARTS,
     HUGGING_FACE_STARTS,
-    READS_BGR,
     MobileViT,
     TrunkConfig,
 )
@@ -242,6 +241,8 @@ def mobilevitv2_200_256(pretrained: bool = False, **kwargs: Any) -> MobileViTV2:
 
 # -------------------------------------------------------------------------------------- names in published checkpoints
 
+# No flip of colours here: cvnets read images with OpenCV, so BGR, for the first version, and with Pillow, so RGB, from
+# the release of this one on. Hugging Face's files hold the same numbers, although its image processor flips for both.
 DIALECTS = (
     Dialect(
         name="cvnets' names",
@@ -257,7 +258,6 @@ DIALECTS = (
             ("mlp.fc2", "pre_norm_ffn.3.block.conv"),
             *CVNETS_PARTS,
         ),
-        layouts=READS_BGR,
     ),
     Dialect(
         name="Hugging Face's names",
@@ -272,7 +272,6 @@ DIALECTS = (
             ("mlp.fc2", "ffn.conv2.convolution"),
             *HUGGING_FACE_PARTS,
         ),
-        layouts=READS_BGR,
     ),
 )
 
