@@ -34,12 +34,17 @@ def _line(error: pytest.ExceptionInfo[CheckpointError]) -> str:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_what_is_published_fits(name: str) -> None:
-    """An address carries its file's sha256, or is that of a timm model with the very weights of ours."""
+def test_an_address_carries_a_hash_or_is_that_of_timms_model_of_the_size(name: str) -> None:
     source = published_at(name)
-    if not source.repository:
+    if source.repository:
+        assert TIMMS[source.repository].split(".")[0] == name.replace("_window", "_patch4_window").removesuffix("_256")
+    else:
         assert HASH_IN_NAME.search(source.address)
-        return
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_window7_224", "mobilevit_xxs_256", "mobilevitv2_050_256"])
+def test_timms_model_has_the_very_weights_of_ours(name: str) -> None:
+    source = published_at(name)
     with torch.device("meta"):
         theirs = timm.create_model(TIMMS[source.repository].split(".")[0]).state_dict()
     match = fit(theirs, name)

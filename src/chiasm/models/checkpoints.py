@@ -173,22 +173,36 @@ def _best_way(model: nn.Module, state: Mapping[str, Tensor]) -> Way:
     return max(ways, key=lambda way: fitting(expected, way.read(shapes)))
 
 
-def read_weights(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, dict[str, Weight], dict[str, str]]:
-    """Whose names `state` has, what it holds under the model's, and why single parts of a weight are of no use."""
+class Reading(NamedTuple):
+    """A file as it is read for a model.
+
+    Attributes:
+        naming: whose names it has.
+        weights: what it holds of the model's weights, by the model's names.
+        unused: why entries are of no use, by the file's names, where the way of reading tells.
+    """
+
+    naming: str
+    weights: dict[str, Weight]
+    unused: dict[str, str]
+
+
+def read_weights(model: nn.Module, state: Mapping[str, Tensor]) -> Reading:
+    """What `state` holds of the model's weights, read in the way that fits best."""
     way, expected = _best_way(model, state), model.state_dict()
     weights = {ours: weight for ours, weight in way.read(state).items() if ours in expected}
-    parts = {key: way.dialect.to_ours(bare) for bare, key in way.entries(state).items()} if way.dialect else {}
+    places = {key: way.dialect.to_ours(bare) for bare, key in way.entries(state).items()} if way.dialect else {}
     broken = {
         key: f"a part of '{place.key}', which is not whole in the file"
-        for key, place in parts.items()
+        for key, place in places.items()
         if place and place.parts > 1 and place.key in expected and place.key not in weights
     }
-    return *(_converted_by_timm(model, way, weights, state) or (way.naming, weights)), broken
+    return _converted_by_timm(model, way, weights, state) or Reading(way.naming, weights, broken)
 
 
 def _converted_by_timm(
     model: nn.Module, way: Way, weights: Mapping[str, Weight], state: Mapping[str, Tensor]
-) -> tuple[str, dict[str, Weight]] | None:
+) -> Reading | None:
     """The same through timm's own conversion for this model, where it has one and it fits as well or better."""
     convert = beside(model, "checkpoint_filter_fn")
     if convert is None or beside(model, "DIALECTS") is not None:
@@ -213,7 +227,9 @@ def _converted_by_timm(
     if fitting(expected, result) < fitting(expected, weights):
         return None
     same = {ours: weight.keys for ours, weight in result.items()} == {ours: w.keys for ours, w in weights.items()}
-    return way.naming if same else NAMES_TIMM_CONVERTS, result
+    changed = any(weight.what for weight in result.values())
+    why = "merged into other weights, or not needed, by timm's conversion"
+    return Reading(way.naming if same else NAMES_TIMM_CONVERTS, result, dict.fromkeys(state, why) if changed else {})
 
 
 def _prefixes(keys: list[str]) -> list[str]:
@@ -269,7 +285,7 @@ def plan(model: nn.Module, content: Any, label: str) -> tuple[WeightsReport, dic
     """
     state, left_out = weights_in(content, label)
     expected = model.state_dict()
-    naming, weights, broken = read_weights(model, state)
+    naming, weights, unused = read_weights(model, state)
     fresh: dict[str, Tensor] = {}
     loaded, renamed, adapted, misfits = [], {}, {}, []
     for ours, (value, keys, what) in weights.items():
@@ -293,8 +309,7 @@ def plan(model: nn.Module, content: Any, label: str) -> tuple[WeightsReport, dic
     if misfits or 2 * len(fresh) < len(expected):
         raise CheckpointError(_says_for_another_model(label, model, state, len(fresh), misfits))
     used = {key for weight in weights.values() for key in weight.keys}
-    by_timm = any(weight.what.startswith("converted by timm") for weight in weights.values())
-    left_out |= {key: broken.get(key) or _why_left_out(model, key, by_timm) for key in state if key not in used}
+    left_out |= {key: unused.get(key) or _why_left_out(model, key) for key in state if key not in used}
     report = WeightsReport(
         source=label,
         naming=naming,
@@ -374,11 +389,9 @@ def _is_made(key: str) -> bool:
     return any(part in key for part in MADE_BY_THE_MODEL)
 
 
-def _why_left_out(model: nn.Module, key: str, by_timm: bool) -> str:
+def _why_left_out(model: nn.Module, key: str) -> str:
     if _is_made(key):
         return "a buffer that the model makes itself"
-    if by_timm:
-        return "merged into other weights, or not needed, by timm's conversion"
     return f"no such weight in {name_of(model)}"
 
 

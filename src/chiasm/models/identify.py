@@ -77,8 +77,8 @@ def identify(state: Mapping[str, Tensor], hints: tuple[str, ...] = ()) -> list[M
 def fit(state: Mapping[str, Tensor], name: str, **model_args: Any) -> Match:
     """How `state` fits the architecture `name`, built with `model_args`."""
     model = sketch(name, **model_args)
-    naming, weights, _ = read_weights(model, state)
-    return _match(name, model, [(naming, weights)])
+    reading = read_weights(model, state)
+    return _match(name, model, [(reading.naming, reading.weights)])
 
 
 def hints_of(content: Any, source: str | Path) -> tuple[str, ...]:
@@ -96,7 +96,7 @@ def _stated_beside(path: Path) -> str | None:
     """The architecture in timm's `config.json` in the same folder."""
     try:
         content = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     stated = content.get("architecture") if isinstance(content, dict) else None
     return stated if isinstance(stated, str) else None
