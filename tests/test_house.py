@@ -24,7 +24,7 @@ FLOORS = [
     {"report"},
     {"predictor"},
     {"model_file"},
-    {"tasks", "inference"},
+    {"tasks", "inference", "measure"},
     {"models", "data"},
     {"layers"},
     {"config"},

@@ -23,6 +23,7 @@ _PUBLIC = {
     "describe": "chiasm.verbs.describe",
     "check_data": "chiasm.verbs.data",
     "weights": "chiasm.verbs.weights",
+    "bench": "chiasm.verbs.bench",
     "demo": "chiasm.verbs.demo",
     "ChiasmError": "chiasm.errors",
     "Classification": "chiasm.results",

@@ -19,6 +19,7 @@ from jsonargparse import ActionYesNo, ArgumentParser
 from chiasm import __version__
 from chiasm.config import (
     RECIPES,
+    BenchConfig,
     Config,
     DataConfig,
     DemoConfig,
@@ -42,6 +43,7 @@ VERBS: dict[str, tuple[type[Config], str]] = {
     "data": (DataConfig, "check_data"),
     "models": (ModelsConfig, "models"),
     "weights": (WeightsConfig, "weights"),
+    "bench": (BenchConfig, "bench"),
     "demo": (DemoConfig, "demo"),
 }
 

@@ -311,12 +311,47 @@ class WeightsConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchConfig(Config):
+    """Measure models side by side: inference, training step and memory, beside the machine's own limit."""
+
+    models: list[str] = _positional("model files, run folders, architectures' names, timm:NAME, torchvision:NAME")
+    peer: str | None = _flag(None, "which of them the others are compared with; default: the first")
+    batch: list[str] = _flag(["1", "8"], "images at a time; 'max' for as many as fill the GPU")
+    image_size: list[int] = _flag([], "side, or height and width, in pixels; default: each model's own")
+    seconds: float = _flag(120.0, "time for the rounds of all comparisons; each has at least five")
+    rounds: int | None = _flag(None, "rounds of each comparison, in place of a time")
+    train: bool = _flag(True, "measure the training step too")
+    compile: bool = _flag(False, "measure torch.compile too")
+    memory: bool = _flag(True, "measure the peak memory too")
+    precision: Literal["32", "bf16"] = _flag("32", "32 or bf16")
+    threads: int | None = _flag(None, "threads on the CPU; default: PyTorch's own choice")
+    device: str = _flag("auto", "auto, cpu, cuda, mps")
+    out: str | None = _flag("bench", "folder for bench.md, bench.json and bench.svg; null for none")
+    format: Literal["table", "json"] = _flag("table", "what is printed")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig(Config):
     """Train a small Conformer on the built-in images (about two minutes on two cores) and show what came out."""
 
     out: str = _flag("demo-run", "folder for the run, the picture and the report")
     minutes: float = _flag(1.5, "training time")
     seed: int = _flag(0, "seed")
+
+
+def height_and_width(image_size: list[int]) -> tuple[int, int] | None:
+    """The setting `image_size`: one side or both in pixels; None where it was not given.
+
+    Raises:
+        ChiasmError: for more than two numbers, or one below 1.
+    """
+    if not image_size:
+        return None
+    if len(image_size) > 2 or min(image_size) < 1:
+        raise ChiasmError(
+            f"--image-size {image_size}: expected a side, or height and width, in pixels, such as [224, 320]."
+        )
+    return image_size[0], image_size[-1]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -10,7 +10,8 @@ take (another device, autocast, a gradient, a graph being traced), the same laye
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal, Self
 
@@ -34,21 +35,42 @@ _ACTS: dict[str, tuple[Callable[[Tensor], Tensor], str, list[float], str]] = {
 
 
 _ORDERING = threading.RLock()  # a weight changes its form while no other thread looks at it
+_PLAINLY = threading.local()
 
 
-def _has_operators() -> bool:
-    wanted = ("_linear_pointwise", "_convolution_pointwise", "_convolution_pointwise_", "_reorder_linear_weight")
-    return torch.backends.mkldnn.is_available() and all(
-        hasattr(torch.ops.mkldnn, name) for name in (*wanted, "_reorder_convolution_weight")
-    )
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Compute in the plain way while this is entered, in this thread: oneDNN keeps up to a megabyte for each layer and
+    size of input that it has seen, too much for a size that does not come again."""
+    before, _PLAINLY.on = getattr(_PLAINLY, "on", False), True
+    try:
+        yield
+    finally:
+        _PLAINLY.on = before
 
 
 @cache
 def _takes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's operators are here and compute in this type."""
-    if dtype == torch.bfloat16:
-        return _has_operators() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32 and _has_operators()
+    """Whether oneDNN's operators are here and compute in this type; tried once, as they are no public interface."""
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        return False
+    operators, x = torch.ops.mkldnn, torch.ones(4, 16, dtype=dtype)
+    weight = torch.eye(16, dtype=dtype)
+    shape, sizes = [4, 16, 1, 1], ([0, 0], [1, 1], [1, 1], 1)
+    try:
+        if dtype == torch.bfloat16 and not operators._is_mkldnn_bf16_supported():
+            return False
+        by_linear = operators._linear_pointwise.default(
+            x, operators._reorder_linear_weight(weight, None), None, "relu", [], ""
+        )
+        x, weight = x.view(shape), weight.view(16, 16, 1, 1)
+        weight = operators._reorder_convolution_weight(weight, *sizes, shape)
+        by_conv = operators._convolution_pointwise.default(x, weight, None, *sizes, "relu", [], "")
+        added = operators._convolution_pointwise.binary(x, x, weight, None, *sizes, "add", 1.0, "relu", [], "")
+        operators._convolution_pointwise_.binary(by_conv, x, weight, None, *sizes, "add", 1.0, "relu", [], "")
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return False
+    return bool(by_linear.eq(1).all() and added.eq(2).all() and by_conv.eq(2).all())
 
 
 def _folded(layer: nn.Linear | nn.Conv2d, bn: BatchNorm | None) -> tuple[Tensor, Tensor | None]:
@@ -103,6 +125,7 @@ class Fused(nn.Module):
         return (
             x.device.type == "cpu"
             and _takes(x.dtype)
+            and not getattr(_PLAINLY, "on", False)
             and not (x.requires_grad and torch.is_grad_enabled())
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()

@@ -62,8 +62,8 @@ def curves(history: Sequence[Mapping[str, float]]) -> Figure:
     scores.plot(epochs, [row["val_top1"] for row in history], color=BLUE, linewidth=2, label="model", **style)
     best = max(history, key=lambda row: row["val_top1"])
     scores.axhline(best["val_top1"], color=MUTED, linewidth=0.8, linestyle=":")
-    _dress(losses, title="Loss", x="epoch")
-    _dress(scores, title=f"Validation top-1: best {best['val_top1']:.1%}, epoch {best['epoch']:.0f}", x="epoch")
+    dress(losses, title="Loss", x="epoch")
+    dress(scores, title=f"Validation top-1: best {best['val_top1']:.1%}, epoch {best['epoch']:.0f}", x="epoch")
     scores.yaxis.set_major_formatter("{x:.0%}")
     for axes in (losses, scores):
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -97,7 +97,7 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> Figure:
     else:
         cells = [[(*to_rgb(colours[i][j]), shares[i][j]) for j in range(count)] for i in range(count)]
         axes.imshow(cells, interpolation="nearest")
-    _dress(axes, x="predicted", y="true")
+    dress(axes, x="predicted", y="true")
     if count <= NAMED:
         names = [_short(label) for label in labels]
         size = 9 if count <= 12 else 7 if count <= 30 else 5
@@ -138,8 +138,8 @@ def reliability(voters: Mapping[str, Calibration]) -> Figure:
     first_calibration = next(iter(voters.values()))
     edges = [(i + 0.5) / BINS for i in range(BINS)]
     counts.bar(edges, first_calibration.counts, width=0.9 / BINS, color=BLUE, linewidth=0)
-    _dress(axes, y="share that is right")
-    _dress(counts, x="stated probability", y="images")
+    dress(axes, y="share that is right")
+    dress(counts, x="stated probability", y="images")
     for part in (axes, counts):
         part.set_xlim(0, 1)
         part.xaxis.set_major_formatter("{x:.0%}")
@@ -170,7 +170,7 @@ def bars(rows: Sequence[tuple[str, Mapping[str, float | None]]], *, x: str) -> F
         points = [(value, i) for i, (_, values) in enumerate(rows) if (value := values[series]) is not None]
         across, down = [value for value, _ in points], [i for _, i in points]
         axes.scatter(across, down, color=colour, marker=marker, s=34, label=series, zorder=2)
-    _dress(axes, x=x)
+    dress(axes, x=x)
     axes.set_yticks(range(len(rows)), names)
     axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.4, -0.6))
     axes.xaxis.set_major_formatter("{x:.0%}")
@@ -212,7 +212,7 @@ def _any_script() -> Iterator[None]:
         yield
 
 
-def _dress(axes: Axes, *, title: str = "", x: str = "", y: str = "") -> None:
+def dress(axes: Axes, *, title: str = "", x: str = "", y: str = "") -> None:
     axes.set_title(title, color=INK, fontsize=10.5, loc="left")
     axes.set_xlabel(x, color=MUTED, fontsize=9.5)
     axes.set_ylabel(y, color=MUTED, fontsize=9.5)

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from timm.models import FeatureInfo
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from chiasm.config import DescribeConfig, Preprocess
+from chiasm.config import DescribeConfig, Preprocess, height_and_width
 from chiasm.errors import ChiasmError
+from chiasm.measure import count_macs
 from chiasm.model_file import resolve_model
 from chiasm.models import set_input_size
 from chiasm.models.checkpoints import input_channels
@@ -120,7 +120,7 @@ def describe(**flags: Any) -> Description:
         num_classes=config.num_classes,
         **config.model_args,
     )
-    size = _size(config.image_size) or info.preprocess.size
+    size = height_and_width(config.image_size) or info.preprocess.size
     if size != info.preprocess.size:
         set_input_size(model, size)
     image = torch.zeros(1, input_channels(model), *size)
@@ -205,10 +205,8 @@ def _run(model: nn.Module, image: Tensor) -> tuple[dict[str, tuple[int, ...]], t
         shapes[name] = _shapes(output, image)
 
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in parts.items()]
-    counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), counter:
-            output = model(image)
+        output, macs_of = count_macs(model, image)
     finally:
         for hook in hooks:
             hook.remove()
@@ -218,12 +216,11 @@ def _run(model: nn.Module, image: Tensor) -> tuple[dict[str, tuple[int, ...]], t
         with torch.no_grad():
             outputs |= {name: tuple(logits.shape[1:]) for name, logits in branches(image).items()}
 
-    counts = counter.get_flop_counts()
-    total = sum(counts.get("Global", {}).values()) // 2
+    total = macs_of[""]
     stages, counted_parameters, counted_macs = [], 0, 0
     for name, shape in shapes.items():  # in the order in which they were first done
         parameters = sum(p.numel() for p in parts[name].parameters())
-        macs = sum(counts.get(f"{type(model).__name__}.{name}", {}).values()) // 2
+        macs = macs_of.get(name, 0)
         if parameters or macs:
             stages.append(Stage(name=name, parameters=parameters, macs=macs, **shape))
             counted_parameters, counted_macs = counted_parameters + parameters, counted_macs + macs
@@ -299,14 +296,6 @@ def _input(stated: Preprocess, image: Tensor) -> Input:
         crop=stated.crop,
         interpolation=stated.interpolation,
     )
-
-
-def _size(sides: list[int]) -> tuple[int, int] | None:
-    if not sides:
-        return None
-    if len(sides) > 2 or min(sides) < 1:
-        raise ChiasmError(f"--image-size {sides}: expected a side, or height and width, in pixels, such as [224, 320].")
-    return sides[0], sides[-1]
 
 
 def _side(side: int, crop: float) -> int:
