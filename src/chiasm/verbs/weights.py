@@ -105,12 +105,18 @@ def weights(**flags: Any) -> Identified:
     source = str(path) if path.is_file() else config.file
     _check(config, source)
     content = read_checkpoint(source)
-    found = _find(config, source, content)
-    args = dict(found.info.model_args if found.info else config.model_args)
-    if found.in_chans != 3:
-        args.setdefault("in_chans", found.in_chans)
-    build = create_model if config.out else sketch  # without --out, shapes are all that is asked
-    model = build(found.architecture, num_classes=found.classes, **args)
+    try:
+        found = _find(config, source, content)
+        args = dict(found.info.model_args if found.info else config.model_args)
+        if found.in_chans != 3:
+            args.setdefault("in_chans", found.in_chans)
+        build = create_model if config.out else sketch  # without --out, shapes are all that is asked
+        model = build(found.architecture, num_classes=found.classes, **args)
+    except (TypeError, ValueError, AssertionError) as error:
+        if not config.model_args:
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ChiasmError(f"{config.model} cannot be built with {config.model_args}: {reason}.") from error
     report, values = plan(model, content, config.file)
     if config.out:
         info = _describe(config, found, report, model, args)
@@ -229,6 +235,8 @@ def _entries(report: WeightsReport, content: Any) -> Iterator[Entry]:
 
 
 def _check(config: WeightsConfig, source: str) -> None:
+    if config.model_args and not config.model:
+        raise ChiasmError("--model-args are those of an architecture: name it with --model.")
     if config.out is None:
         if config.labels:
             raise ChiasmError("--labels names the classes of the model file that --out writes; give --out as well.")
