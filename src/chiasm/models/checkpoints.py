@@ -8,6 +8,7 @@ before the first weight is copied.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -369,7 +370,9 @@ def _adapt(model: nn.Module, key: str, value: Tensor, wanted: Tensor) -> tuple[T
         return None
     fitted = _adapt_stem(model, key, value, wanted)
     if fitted is None and (adapt_weight := beside(model, "adapt_weight")):
-        fitted = adapt_weight(model, key, value, wanted)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # PyTorch's, about timm's interpolation
+            fitted = adapt_weight(model, key, value, wanted)
     return fitted if fitted is not None and fitted[0].shape == wanted.shape else None
 
 
