@@ -25,7 +25,8 @@ class Row:
         form: 'eager', 'optimized' (`chiasm.optimize`) or 'compiled' (`torch.compile`).
         batch: images at a time.
         image_size: height and width in pixels.
-        memory_format: 'channels_last' or 'contiguous', the faster of both; None where the form has its own.
+        memory_format: 'channels_last' or 'contiguous', in which weights and images are given: the one in which the
+            eager form is faster.
         times: seconds of each round; None where it failed.
         error: why it failed.
         parameters: weights of the model.
