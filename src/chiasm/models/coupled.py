@@ -138,17 +138,10 @@ class Coupled(nn.Module):
 
     def _set_levels(self, steps: Sequence[int]) -> None:
         """State the maps behind these steps, and where asked for the tokens, as the levels of `features_only`."""
-        levels = [
-            (
-                step,
-                {
-                    "num_chs": self.conv_steps.sizes[step].channels,
-                    "reduction": self.conv_steps.sizes[step].reduction,
-                    "module": f"conv.{self.conv_steps.names[step]}",
-                },
-            )
-            for step in steps
-        ]
+        levels: list[tuple[int, dict[str, Any]]] = []
+        for step in steps:
+            size, module = self.conv_steps.sizes[step], f"conv.{self.conv_steps.names[step]}"
+            levels.append((step, {"num_chs": size.channels, "reduction": size.reduction, "module": module}))
         if self.config.token_level:
             tokens = {
                 "num_chs": self.token_steps.dim,
