@@ -9,6 +9,7 @@ Shapes: B batch, H x W map, L = H * W tokens, C width, window h x w, N = h * w t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
+
+from chiasm.layers.by_hand import PART, Linear, by_autograd, by_hand
+from chiasm.layers.fused import FusedLinear
 
 Order = Literal["pad_then_roll", "roll_then_pad"]
 Pair = tuple[int, int]
@@ -180,8 +184,8 @@ class WindowAttention(nn.Module):
         self.attn_drop = attn_drop
         offsets = (2 * window[0] - 1) * (2 * window[1] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, heads))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def bias(self) -> Tensor:
         """(heads, N, N), added to the scores of each pair (query, key)."""
@@ -199,18 +203,124 @@ class WindowAttention(nn.Module):
 
     def _attend(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
         """(B, G * N, 3 * heads * d) -> (B, G * N, heads * d)."""
-        batch, slots = qkv.shape[0], qkv.shape[1]
-        area = self.window[0] * self.window[1]
-        query, key, value = qkv.view(-1, area, 3, self.heads, qkv.shape[2] // (3 * self.heads)).permute(2, 0, 3, 1, 4)
-        bias = self.bias()[None]
-        if mask is not None:
-            bias = (bias + mask[:, None].to(bias.dtype)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
-        dropout = self.attn_drop if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
-        return mixed.transpose(1, 2).reshape(batch, slots, -1)
+        bias, dropout = self.bias(), self.attn_drop if self.training else 0.0
+        if not dropout and by_hand(qkv, bias):
+            return _Attention.apply(qkv, bias, mask)
+        return _fused_attention(qkv, _added(bias, mask), dropout)
+
+    def optimized(self) -> FusedWindowAttention:
+        """The same for inference."""
+        return FusedWindowAttention(self)
+
+
+class FusedWindowAttention(nn.Module):
+    """A `WindowAttention` for inference: the bias is looked up once, and added to the mask once for a size."""
+
+    def __init__(self, attention: WindowAttention) -> None:
+        super().__init__()
+        self.qkv, self.proj = FusedLinear(attention.qkv), FusedLinear(attention.proj)
+        self.bias: Tensor
+        self.register_buffer("bias", attention.bias().detach().contiguous())
+        self._last: tuple[Tensor | None, Tensor] | None = None  # the mask last seen, and what came of it
+
+    def forward(self, tokens: Tensor, windows: Windows) -> Tensor:
+        if windows.empty is not None:
+            tokens = into_windows(tokens, windows)
+        mixed = _fused_attention(self.qkv(tokens), self._added(windows.mask))
+        if windows.empty is not None:
+            mixed = out_of_windows(mixed, windows)
+        return self.proj(mixed)
+
+    def _added(self, mask: Tensor | None) -> Tensor:
+        last = self._last
+        if last is not None and last[0] is mask and last[1].dtype == self.bias.dtype:
+            return last[1]
+        added = _added(self.bias, mask)
+        if type(added) is Tensor and not torch.compiler.is_compiling():
+            self._last = mask, added
+        return added
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_last": None}
+
+
+def _added(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """What is added to the scores of each window: (1 or G, heads, N, N)."""
+    return bias[None] if mask is None else bias + mask[:, None].to(bias.dtype)
+
+
+def _fused_attention(qkv: Tensor, added: Tensor, dropout: float = 0.0) -> Tensor:
+    """Queries, keys and values (B, G * N, 3 * heads * d), added (1 or G, heads, N, N) -> (B, G * N, heads * d)."""
+    one = len(added) == 1 or len(qkv) == 1
+    if not one and qkv.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # The kernel takes what is added for the whole batch: image by image it need not be repeated.
+        return torch.cat([_fused_attention(image, added, dropout) for image in qkv.split(1)])
+    query, key, value = _per_head(qkv, *added.shape[1:3])
+    repeated = added if one else added.expand(len(qkv), -1, -1, -1, -1).flatten(0, 1)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=repeated, dropout_p=dropout)
+    return mixed.transpose(1, 2).reshape(*qkv.shape[:2], -1)
+
+
+def _per_head(qkv: Tensor, heads: int, area: int) -> Tensor:
+    """(..., 3 * heads * d), the `area` tokens of a window after each other -> view (3, windows, heads, N, d)."""
+    return qkv.view(-1, area, 3, heads, qkv.shape[-1] // (3 * heads)).permute(2, 0, 3, 1, 4)
+
+
+def _plain_attention(qkv: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+    return _fused_attention(qkv, _added(bias, mask))
+
+
+class _Attention(torch.autograd.Function):
+    """As `_plain_attention`, whose kernel for CPUs has no gradient for the bias; a few images at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
+        heads, area, _ = bias.shape
+        out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+        added = _added(bias, mask)
+        weights, images = [], _images_of_part(qkv, bias)
+        for part, target in zip(qkv.split(images), out.split(images), strict=True):
+            query, key, value = _per_head(part, heads, area).flatten(1, 2).unbind(0)
+            scores = added.repeat(len(query) // heads // len(added), 1, 1, 1).flatten(0, 1)
+            scores.baddbmm_(query, key.transpose(1, 2), alpha=query.shape[-1] ** -0.5)
+            weights.append(scores.softmax(-1))
+            mixed = torch.bmm(weights[-1], value).unflatten(0, (-1, heads)).transpose(1, 2)
+            target.view(-1, area, heads, value.shape[-1]).copy_(mixed)
+        ctx.save_for_backward(qkv, bias, mask, *weights)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        qkv, bias, mask, *weights = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return by_autograd(_plain_attention, (qkv, bias, mask), gradient)
+        heads, area, _ = bias.shape
+        to_qkv, to_bias = torch.empty_like(qkv), torch.zeros_like(bias)
+        images = _images_of_part(qkv, bias)
+        parts = zip(qkv.split(images), weights, gradient.split(images), to_qkv.split(images), strict=True)
+        for part, weight, up, target in parts:
+            query, key, value = _per_head(part, heads, area).flatten(1, 2).unbind(0)
+            up = up.reshape(-1, area, heads, value.shape[-1]).transpose(1, 2).flatten(0, 1)
+            to_part = part.new_empty(3, *query.shape)
+            torch.bmm(weight.transpose(1, 2), up, out=to_part[2])
+            to_scores = torch.bmm(up, value.transpose(1, 2))
+            torch.ops.aten._softmax_backward_data.out(to_scores, weight, -1, to_scores.dtype, grad_input=to_scores)
+            to_bias += to_scores.unflatten(0, (-1, heads)).sum(0)
+            scaled = {"beta": 0, "alpha": query.shape[-1] ** -0.5}
+            torch.baddbmm(to_part[0], to_scores, key, **scaled, out=to_part[0])
+            torch.baddbmm(to_part[1], to_scores.transpose(1, 2), query, **scaled, out=to_part[1])
+            _per_head(target, heads, area).copy_(to_part.unflatten(1, (-1, heads)))
+        return to_qkv, to_bias, None
+
+
+def _images_of_part(qkv: Tensor, bias: Tensor) -> int:
+    """How many images make a part: their queries, keys, values and scores together are to stay in cache."""
+    return max(PART // (2 * bias.numel() * (qkv.shape[1] // bias.shape[1])), 1)
 
 
 def resize_bias_table(table: Tensor, window: Pair) -> Tensor:
     """A bias table ((2h - 1) * (2w - 1), heads) of a square window for another window, interpolated as timm does."""
     shape = ((2 * window[0] - 1) * (2 * window[1] - 1), table.shape[1])
-    return resize_rel_pos_bias_table(table, new_window_size=window, new_bias_shape=shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of timm's about its own indexing
+        return resize_rel_pos_bias_table(table, new_window_size=window, new_bias_shape=shape)

@@ -26,13 +26,17 @@ from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, named_apply, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from chiasm.errors import ChiasmError, UnknownNameError
+from chiasm.layers.by_hand import Linear
+from chiasm.layers.fused import FusedLinear
+from chiasm.layers.mlp import PART, Mlp
+from chiasm.layers.residual import Residual
 from chiasm.layers.window import (
     Order,
     Pair,
@@ -138,11 +142,33 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        if height % PATCH or width % PATCH:
-            x = F.pad(x, (0, -width % PATCH, 0, -height % PATCH))
-        patches = x.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH)).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return self.norm(F.linear(patches, self.proj.weight.flatten(1), self.proj.bias))
+        return self.norm(F.linear(_patches(x), self.proj.weight.flatten(1), self.proj.bias))
+
+    def optimized(self) -> nn.Module:
+        """The same for inference."""
+        return FusedPatchEmbed(self)
+
+
+class FusedPatchEmbed(nn.Module):
+    """A `PatchEmbed` for inference."""
+
+    def __init__(self, embed: PatchEmbed) -> None:
+        super().__init__()
+        conv = embed.proj
+        linear = nn.Linear(conv.weight[0].numel(), conv.out_channels, device="meta")
+        linear.load_state_dict({"weight": conv.weight.flatten(1), "bias": conv.bias}, assign=True)
+        self.proj, self.norm = FusedLinear(linear), embed.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(_patches(x)))
+
+
+def _patches(x: Tensor) -> Tensor:
+    """Image (B, in_chans, H, W), zero-padded to whole patches -> (B, ceil(H / 4), ceil(W / 4), in_chans * 16)."""
+    height, width = x.shape[-2:]
+    if height % PATCH or width % PATCH:
+        x = F.pad(x, (0, -width % PATCH, 0, -height % PATCH))
+    return x.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH)).permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
 class PatchMerging(nn.Module):
@@ -151,7 +177,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
@@ -184,11 +210,33 @@ class SwinBlock(nn.Module):
         self.attn = WindowAttention(dim, heads=heads, window=window, qkv_bias=qkv_bias, attn_drop=attn_drop)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.residual = Residual(drop_path)
 
     def forward(self, tokens: Tensor, windows: Windows) -> Tensor:
-        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), windows))
-        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+        tokens = self.residual(tokens, lambda part: self.attn(self.norm1(part), windows))
+        return self.residual(tokens, lambda part: self.mlp(self.norm2(part)))
+
+    def optimized(self) -> nn.Module:
+        """The same for inference; its input's memory becomes its output's."""
+        return FusedSwinBlock(self)
+
+
+class FusedSwinBlock(nn.Module):
+    """A `SwinBlock` for inference: some images at a time, so that they stay in cache, and in place."""
+
+    def __init__(self, block: SwinBlock) -> None:
+        super().__init__()
+        self.norm1, self.attn = block.norm1, block.attn.optimized()
+        self.norm2, self.mlp = block.norm2, block.mlp.optimized()
+
+    def forward(self, tokens: Tensor, windows: Windows) -> Tensor:
+        if tokens.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            tokens = tokens + self.attn(self.norm1(tokens), windows)
+            return tokens + self.mlp(self.norm2(tokens))
+        for images in tokens.split(max(PART // tokens.shape[1], 1)):
+            images += self.attn(self.norm1(images), windows)
+            images += self.mlp(self.norm2(images))
+        return tokens
 
 
 class SwinStage(nn.Module):
@@ -239,7 +287,7 @@ class Swin(nn.Module):
         config: sizes and options.
         num_classes: 0 gives the pooled features (B, num_features) in place of logits.
         in_chans: input channels.
-        global_pool: 'avg', or '' for the map (B, H', W', C) as it is.
+        global_pool: 'avg', or '' for the map (B, H', W', C) as it is, classified token by token.
         drop_rate: dropout in front of the classifier.
         attn_drop_rate: dropout on attention weights.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
@@ -262,7 +310,7 @@ class Swin(nn.Module):
         self.config = config
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.global_pool = global_pool
+        self.global_pool = _check_pool(global_pool)
         stages = len(config.depths)
         self.num_features = config.dim(stages - 1)
 
@@ -376,9 +424,9 @@ class Swin(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier for `num_classes`; 0 removes it. `global_pool`: 'avg' or '', None keeps it."""
+        self.global_pool = _check_pool(self.global_pool if global_pool is None else global_pool)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
-        self.global_pool = self.global_pool if global_pool is None else global_pool
         reference = next(self.parameters())
         self.head.to(device=reference.device, dtype=reference.dtype)
         named_apply(_init_module, self.head)
@@ -404,6 +452,12 @@ class Swin(nn.Module):
     def init_weights(self) -> None:
         """Linear and bias tables truncated normal of std 0.02, norms 1 and 0, the patch embedding as PyTorch has it."""
         named_apply(_init_module, self)
+
+
+def _check_pool(global_pool: str) -> str:
+    if global_pool not in ("avg", ""):
+        raise ChiasmError(f"global_pool='{global_pool}': expected 'avg' (the map's mean) or '' (the map as it is).")
+    return global_pool
 
 
 def _init_module(module: nn.Module, name: str = "") -> None:

@@ -1,0 +1,90 @@
+"""Gradients written by hand, for training on CPUs: what autograd gives, in fewer passes over memory.
+
+Autograd keeps every intermediate and goes through each as a whole. Where the steps of a layer work on each token or
+window by itself, both directions can be done a part at a time, so that what stands between two steps stays in cache;
+and the products of linear layers can be oneDNN's, which ships with PyTorch, adds the bias within the product, and on
+many CPUs is faster than the library that PyTorch asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chiasm.layers.fused import FusedLinear
+
+PART = 2**20  # numbers in the largest intermediate of one part: 4 MB, which the outer cache holds
+
+
+def by_hand(*tensors: Tensor | None) -> bool:
+    """Whether the way written by hand may be taken: a gradient is wanted, on a CPU, and nobody looks into the layer."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    return (
+        torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in given)
+        and all(
+            t.device.type == "cpu" and t.dtype == given[0].dtype and type(t) in (Tensor, nn.Parameter) for t in given
+        )
+        and given[0].dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+@cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias without a gradient: x (..., in), weight (out, in), bias (out,) -> (..., out)."""
+    if x.dtype == torch.float32 and _has_onednn():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def by_autograd(plain: Callable[..., Tensor], inputs: tuple[Any, ...], gradient: Tensor) -> tuple[Any, ...]:
+    """The gradients of `plain(*inputs)` by autograd: for a backward pass that is itself to be differentiated."""
+    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    found = iter(torch.autograd.grad(plain(*inputs), wanted, gradient, create_graph=True))
+    return tuple(next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in inputs)
+
+
+class Linear(nn.Linear):
+    """A linear layer (..., in_features) -> (..., out_features) that trains on oneDNN's products."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if by_hand(x, self.weight, self.bias):
+            return _Linear.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+    def optimized(self) -> nn.Module:
+        """The same for inference."""
+        return FusedLinear(self)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return by_autograd(F.linear, (x, weight, bias), gradient)
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        flat = gradient.flatten(0, -2)
+        return (
+            product(gradient, weight.t()) if of_x else None,
+            flat.t() @ x.flatten(0, -2) if of_weight else None,  # of two transposed factors oneDNN is not faster
+            flat.sum(0) if of_bias else None,
+        )
