@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from chiasm.layers.by_hand import by_hand
+from chiasm.layers.fused import Act, FusedConv2d, FusedLinear
+from chiasm.layers.inverted_by_hand import train_wide
+from chiasm.layers.parts import LARGE, in_parts
 
 
 class ConvBnAct(nn.Module):
@@ -27,6 +35,30 @@ class ConvBnAct(nn.Module):
         # In place only without autograd, which would clone the input for the backward pass.
         return F.silu(x, inplace=not torch.is_grad_enabled()) if self.act else x
 
+    def optimized(self) -> nn.Module:
+        """The same for inference."""
+        act: Act = "silu" if self.act else "none"
+        if self.conv.kernel_size == (1, 1):
+            return FusedPointwise(self.conv, self.bn, act)
+        return FusedConv2d(self.conv, self.bn, act)
+
+
+class FusedPointwise(nn.Module):
+    """act(bn(conv(x))) of a 1x1 convolution, for inference: a product with the rows of a channels-last map.
+
+    oneDNN orders a convolution's weight for maps of one size; a product's serves all.
+    """
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act) -> None:
+        super().__init__()
+        folded = fuse_conv_bn_eval(conv, bn)
+        linear = nn.Linear(conv.in_channels, conv.out_channels, device="meta")
+        linear.weight, linear.bias = nn.Parameter(folded.weight.flatten(1)), cast(nn.Parameter, folded.bias)
+        self.linear = FusedLinear(linear, act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
 
 class InvertedResidual(nn.Module):
     """1x1 convolution to `expand` times the channels, 3x3 depthwise, 1x1 back without activation.
@@ -39,7 +71,8 @@ class InvertedResidual(nn.Module):
         self, in_chs: int, out_chs: int, *, stride: int = 1, expand: float = 4.0, drop_path: float = 0.0
     ) -> None:
         super().__init__()
-        mid_chs = int(in_chs * expand)
+        self.mid_chs = mid_chs = int(in_chs * expand)
+        self.stride = stride
         self.conv1_1x1 = ConvBnAct(in_chs, mid_chs)
         self.conv2_kxk = ConvBnAct(mid_chs, mid_chs, 3, stride=stride, groups=mid_chs)
         self.conv3_1x1 = ConvBnAct(mid_chs, out_chs, act=False)
@@ -47,5 +80,32 @@ class InvertedResidual(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path and self.residual else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.conv3_1x1(self.conv2_kxk(self.conv1_1x1(x)))
+        if self.training:
+            return self._forward(x)
+        return in_parts(self._forward, x, self.mid_chs, stride=self.stride)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self._trains_by_hand(x):
+            wide, depthwise = self.conv1_1x1, self.conv2_kxk
+            inner = train_wide(x, wide.conv, wide.bn, depthwise.conv, depthwise.bn, self.conv3_1x1.conv)
+            inner = self.conv3_1x1.bn(inner)
+        else:
+            inner = self.conv3_1x1(self.conv2_kxk(self.conv1_1x1(x)))
         return x + self.drop_path(inner) if self.residual else inner
+
+    def _trains_by_hand(self, x: Tensor) -> bool:
+        """Whether the batch's wide maps are beyond the cache, and the layers that make them are as they were built."""
+        wide_bytes = x.numel() // x.shape[1] * self.mid_chs * x.element_size()
+        if not self.training or wide_bytes <= LARGE or not by_hand(x, *self.parameters()):
+            return False
+        return all(
+            _ordinary(layer) for part in (self.conv1_1x1, self.conv2_kxk, self.conv3_1x1) for layer in part.modules()
+        )
+
+
+def _ordinary(layer: nn.Module) -> bool:
+    """Whether nothing but a convolution, or a norm that takes the batch's statistics, and no hook that watches it."""
+    if isinstance(layer, nn.BatchNorm2d) and not (layer.training and layer.affine and layer.momentum):
+        return False
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    return type(layer) in (ConvBnAct, nn.Conv2d, nn.BatchNorm2d) and not any(hooks)

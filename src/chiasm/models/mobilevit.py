@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from chiasm.layers.attention import TransformerBlock
 from chiasm.layers.inverted import ConvBnAct, InvertedResidual
+from chiasm.layers.parts import in_parts
 from chiasm.layers.unfold import fold, resize, resize_to_multiple, unfold
 from chiasm.models.checkpoints import renamed_for
 from chiasm.models.dialects import BGR_TO_RGB, Dialect
@@ -109,6 +110,9 @@ class MobileViTBlock(nn.Module):
         self.conv_fusion = ConvBnAct(2 * channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._forward(x) if self.training else in_parts(self._forward, x, 3 * self.conv_1x1.out_channels)
+
+    def _forward(self, x: Tensor) -> Tensor:
         local = self.conv_1x1(self.conv_kxk(x))
         even = resize_to_multiple(local, self.patch, align_corners=False)
         tokens = self.norm(self.transformer(unfold(even, self.patch)))

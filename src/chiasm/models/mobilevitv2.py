@@ -31,6 +31,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from chiasm.layers.inverted import ConvBnAct
+from chiasm.layers.parts import in_parts
 from chiasm.layers.unfold import fold, resize_to_multiple, unfold
 from chiasm.models.checkpoints import renamed_for
 from chiasm.models.dialects import Dialect
@@ -114,6 +115,9 @@ class MobileViTV2Block(nn.Module):
         self.conv_proj = ConvBnAct(dim, channels, act=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._forward(x) if self.training else in_parts(self._forward, x, 2 * self.conv_1x1.out_channels)
+
+    def _forward(self, x: Tensor) -> Tensor:
         x = self.conv_1x1(self.conv_kxk(resize_to_multiple(x, self.patch, align_corners=True)))
         # (B * P, N, D) -> (B, D, P, N): a channels-last map of P rows and N columns.
         tokens = unfold(x, self.patch).unflatten(0, (-1, self.patch**2)).permute(0, 3, 1, 2)
