@@ -125,7 +125,7 @@ def test_a_branch_alone_is_the_uncoupled_models_branch() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", list_models("nano"))
+@pytest.mark.parametrize("name", list_models("conformer_nano"))
 def test_every_option_trains_every_parameter(name: str, options: dict) -> None:
     model = create_model(name, num_classes=3, **options)
     side = max(2 * model.config.patch, 32)
