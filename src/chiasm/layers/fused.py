@@ -40,8 +40,7 @@ _PLAINLY = threading.local()
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Compute in the plain way while this is entered, in this thread: oneDNN keeps up to a megabyte for each layer and
-    size of input that it has seen, too much for a size that does not come again."""
+    """Compute in the plain way while this is entered, in this thread."""
     before, _PLAINLY.on = getattr(_PLAINLY, "on", False), True
     try:
         yield
@@ -86,7 +85,10 @@ def _folded(layer: nn.Linear | nn.Conv2d, bn: BatchNorm | None) -> tuple[Tensor,
 class Fused(nn.Module):
     """A frozen weight, bias and activation. The weight is held once: as the parameter `plain`, or in oneDNN's order.
 
-    Moving to another device or type, copying and pickling go through the plain form.
+    Which order is fastest depends on the input's shape, and for each layer and shape that it has seen oneDNN keeps up
+    to a megabyte. So the weight is ordered for a shape that comes twice in a row; a new one is computed in the plain
+    way, and inputs of ever other sizes cost no memory. Moving to another device or type, copying and pickling go
+    through the plain form.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: Act) -> None:
@@ -95,7 +97,7 @@ class Fused(nn.Module):
         self.plain: nn.Parameter | None = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._ordered: Tensor | None = None
-        self._settle()
+        self._shape: tuple[int, ...] = ()  # of the last input, for which the ordered weight is
 
     @property
     def weight(self) -> Tensor:
@@ -109,44 +111,52 @@ class Fused(nn.Module):
         assert weight is not None
         return weight
 
-    def _settle(self) -> None:
-        """Choose the form in which a weight that has just come is held."""
+    def _order(self, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The weight in oneDNN's order for inputs of this shape."""
+        raise NotImplementedError
 
     def _release(self) -> None:
         """Hold the weight in its plain form."""
         if self._ordered is not None:
-            plain = self._ordered.to_dense().contiguous(memory_format=self._layout)
+            plain = self._ordered.to_dense()
+            if plain.ndim == 4:
+                plain = plain.contiguous(memory_format=torch.channels_last)
             self.plain, self._ordered = nn.Parameter(plain, requires_grad=False), None
 
-    _layout = torch.contiguous_format
-
-    def _fast(self, x: Tensor) -> bool:
-        """Whether oneDNN's operators may be used on this input."""
-        return (
-            x.device.type == "cpu"
-            and _takes(x.dtype)
-            and not getattr(_PLAINLY, "on", False)
-            and not (x.requires_grad and torch.is_grad_enabled())
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
-        )
+    def _ordered_for(self, x: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        """The weight in oneDNN's order, where its operators are to be used on this input."""
+        if (
+            x.device.type != "cpu"
+            or not _takes(x.dtype)
+            or getattr(_PLAINLY, "on", False)
+            or (x.requires_grad and torch.is_grad_enabled())
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+        ):
+            return None
+        with _ORDERING:
+            if self._held.dtype != x.dtype:
+                return None
+            if self._shape != shape or self._ordered is None:
+                # A weight that is made within inference mode could serve no gradient later.
+                with torch.inference_mode(False), torch.no_grad():
+                    if self._shape != shape:
+                        self._shape = shape
+                        self._release()
+                    else:
+                        self._ordered, self.plain = self._order(self._held.detach(), shape), None
+            return self._ordered
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with _ORDERING:
             self._release()
-            super()._apply(fn, recurse)
-            self._settle()
-        return self
+            return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_parameters": dict(self._parameters), "_ordered": None}
         state["_parameters"]["plain"] = nn.Parameter(self.weight, requires_grad=False)
         return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._settle()
 
     def extra_repr(self) -> str:
         return f"{tuple(self._held.shape)}, act={self.act}"
@@ -159,33 +169,25 @@ class FusedLinear(Fused):
         super().__init__(*_folded(linear, bn), act)
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
-    def _settle(self) -> None:
-        # One order suits inputs of all lengths, so it is chosen at once.
-        if self.plain is not None and self.plain.device.type == "cpu" and _takes(self.plain.dtype):
-            self._ordered = torch.ops.mkldnn._reorder_linear_weight(self.plain.data.contiguous(), None)
-            self.plain = None
+    def _order(self, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
         function, name, numbers, algorithm = _ACTS[self.act]
-        if self._ordered is None or self._ordered.dtype != x.dtype or not self._fast(x):
+        weight = self._ordered_for(x, (x.shape[:-1].numel(),))
+        if weight is None:
             return function(F.linear(x, self.weight, self.bias))
-        return torch.ops.mkldnn._linear_pointwise.default(x, self._ordered, self.bias, name, numbers, algorithm)
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, self.bias, name, numbers, algorithm)
 
 
 class FusedConv2d(Fused):
     """act(bn(conv(x)) + addend): (B, in_channels, H, W) -> (B, out_channels, H', W'), in channels-last order.
-
-    Which order of the weight is fastest depends on the input's shape, and one that was made for another shape can cost
-    ten times the convolution. So the weight is ordered for a shape that comes twice in a row, and plain for one that
-    is new: images that all have other sizes pay nothing.
 
     Args:
         conv: with zero padding given in numbers; another kind is refused with ValueError (see `can_fuse`).
         bn: with statistics of its own, as is usual.
         act: applied last.
     """
-
-    _layout = torch.channels_last
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None, act: Act = "none") -> None:
         if not self.can_fuse(conv):
@@ -195,7 +197,6 @@ class FusedConv2d(Fused):
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
         self.dilation, self.groups = conv.dilation, conv.groups
-        self._shape: torch.Size | None = None  # of the last input, for which the ordered weight is
 
     @staticmethod
     def can_fuse(conv: nn.Module) -> bool:
@@ -206,27 +207,14 @@ class FusedConv2d(Fused):
     def _sizes(self) -> tuple[Any, ...]:
         return self.padding, self.stride, self.dilation, self.groups
 
-    def _weight_for(self, x: Tensor) -> Tensor | None:
-        """The weight for oneDNN's operators and this input; None where they are not to be used."""
-        if not self._fast(x):
-            return None
-        with _ORDERING:
-            if self._held.dtype != x.dtype:
-                return None
-            if self._shape != x.shape:
-                self._shape = x.shape
-                self._release()
-            elif self._ordered is None:
-                weight = self._held.data
-                self._ordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._sizes, list(x.shape))
-                self.plain = None
-            return self._held
+    def _order(self, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *self._sizes, list(shape))
 
     def forward(self, x: Tensor, addend: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
         """`addend` has the output's shape; with `overwrite` its memory may become the output's."""
         function, name, numbers, algorithm = _ACTS[self.act]
         x = x.contiguous(memory_format=torch.channels_last)
-        weight = self._weight_for(x)
+        weight = self._ordered_for(x, x.shape)
         if weight is None:
             y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
             return function(y if addend is None else y + addend)
