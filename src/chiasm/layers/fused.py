@@ -86,9 +86,9 @@ class Fused(nn.Module):
     """A frozen weight, bias and activation. The weight is held once: as the parameter `plain`, or in oneDNN's order.
 
     Which order is fastest depends on the input's shape, and for each layer and shape that it has seen oneDNN keeps up
-    to a megabyte. So the weight is ordered for a shape that comes twice in a row; a new one is computed in the plain
-    way, and inputs of ever other sizes cost no memory. Moving to another device or type, copying and pickling go
-    through the plain form.
+    to a megabyte. So the weight is ordered for a shape that comes twice in a row; others are computed in the plain way,
+    and inputs of ever other sizes cost no memory. Moving to another device or type, copying and pickling go through the
+    plain form.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: Act) -> None:
@@ -97,7 +97,8 @@ class Fused(nn.Module):
         self.plain: nn.Parameter | None = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._ordered: Tensor | None = None
-        self._shape: tuple[int, ...] = ()  # of the last input, for which the ordered weight is
+        self._shape: tuple[int, ...] | None = None  # for which the weight is ordered
+        self._other: tuple[int, ...] | None = None  # another shape, if the last call's was one
 
     @property
     def weight(self) -> Tensor:
@@ -138,15 +139,18 @@ class Fused(nn.Module):
         with _ORDERING:
             if self._held.dtype != x.dtype:
                 return None
-            if self._shape != shape or self._ordered is None:
-                # A weight that is made within inference mode could serve no gradient later.
-                with torch.inference_mode(False), torch.no_grad():
-                    if self._shape != shape:
-                        self._shape = shape
-                        self._release()
-                    else:
-                        self._ordered, self.plain = self._order(self._held.detach(), shape), None
-            return self._ordered
+            if self._ordered is not None and self._shape == shape:
+                self._other = None
+                return self._ordered
+            before, self._other = self._other, shape
+            # A weight that is made within inference mode could serve no gradient later.
+            with torch.inference_mode(False), torch.no_grad():
+                if before == shape:
+                    ordered = self._order(self.weight.detach(), shape)
+                    self._ordered, self.plain, self._shape, self._other = ordered, None, shape, None
+                elif before is not None:  # two others in a row, of two shapes
+                    self._release()
+            return self._ordered if self._shape == shape else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with _ORDERING:
