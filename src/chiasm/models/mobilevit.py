@@ -15,7 +15,8 @@ in all other patches; the 3x3 convolutions mix within a patch, so that every pix
 What differs from the reference, all of it exact: maps are channels-last, so that unfold and fold are one copy each and
 attention is PyTorch's fused kernel over B * 4 sequences. Any input size is taken, square or not: as in the reference,
 a map that is not a multiple of the patch is resized bilinearly to one in front of the Transformer, and back behind it.
-The numbers are timm's, and so are the names of the weights.
+Inference takes a batch in parts that stay in cache, training does not keep the widest maps (see the layers' files). The
+numbers are timm's, and so are the names of the weights.
 
 Published (256 px, ImageNet-1k): parameters 1.3 / 2.3 / 5.6 M, top-1 69.0 / 74.7 / 78.3 % for XXS / XS / S. Images are
 RGB in 0..1 without mean and standard deviation; the authors' own files expect BGR.

@@ -15,7 +15,7 @@ are the names of the weights.
 
 Published (256 px, ImageNet-1k): 0.5 / 0.75 / 1.0 / 1.25 / 1.5 / 1.75 / 2.0 have 1.4 / 2.9 / 4.9 / 7.5 / 10.6 / 14.3 /
 18.4 M parameters and top-1 70.2 / 75.6 / 78.1 / 79.6 / 80.4 / 80.8 / 81.2 %. Images are RGB in 0..1 without mean and
-standard deviation; the authors' own files expect BGR.
+standard deviation.
 
 Shapes: B batch, C map channels, H x W map, D token width, P = 4 pixels of a patch, N = H * W / P patches.
 """
