@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chiasm.layers.by_hand import Linear, by_autograd, by_hand, product
+from chiasm.layers.by_hand import Linear, by_autograd, by_hand, product, weight_gradient
 from chiasm.layers.fused import FusedLinear
 
 PART = 3136  # tokens of one part: an image's of 56 x 56, the largest map of the usual networks
@@ -71,48 +71,53 @@ def _in_parts(through: Any, tokens: Tensor, hidden: int) -> Tensor:
         or torch.jit.is_tracing()
     ):
         return through(tokens)
-    flat = tokens.flatten(0, -2)
-    parts = [through(part) for part in flat.split(PART)]
-    return (torch.cat(parts) if len(parts) > 1 else parts[0]).view(tokens.shape)
+    return _joined([through(part) for part in tokens.flatten(0, -2).split(PART)]).view(tokens.shape)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        flat, inner = x.flatten(0, -2), []
-        out = torch.empty_like(flat)
-        for part, target in zip(flat.split(PART), out.split(PART), strict=True):
+        out, inner = [], []
+        for part in x.flatten(0, -2).split(PART):
             before = product(part, w1, b1)
             behind = F.gelu(before)
-            target.copy_(product(behind, w2, b2))
+            out.append(product(behind, w2, b2))
             inner += [before, behind]
         ctx.save_for_backward(x, w1, b1, w2, b2, *inner)
-        return out.view(x.shape)
+        return _joined(out).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, w1, b1, w2, b2, *inner = ctx.saved_tensors
         if torch.is_grad_enabled():
             return by_autograd(_plain, (x, w1, b1, w2, b2), gradient)
-        to_x, to_w1, to_b1, to_w2, to_b2 = (
-            torch.zeros_like(t) if wanted else None
-            for t, wanted in zip((x, w1, b1, w2, b2), ctx.needs_input_grad, strict=True)
-        )
-        flat, down = x.flatten(0, -2), gradient.flatten(0, -2)
-        for i, (part, given) in enumerate(zip(flat.split(PART), down.split(PART), strict=True)):
-            before, behind = inner[2 * i], inner[2 * i + 1]
-            if to_w2 is not None:
-                to_w2.addmm_(given.t(), behind)
-            middle = torch.ops.aten.gelu_backward(product(given, w2.t()), before)
-            if to_w1 is not None:
-                to_w1.addmm_(middle.t(), part)
-            if to_b1 is not None:
-                to_b1 += middle.sum(0)
-            if to_x is not None:
-                to_x.view(flat.shape)[i * PART : i * PART + len(part)] = product(middle, w1.t())
-        if to_b2 is not None:
-            to_b2 += down.sum(0)
-        return to_x, to_w1, to_b1, to_w2, to_b2
+        of_x, of_w1, of_b1, of_w2, of_b2 = ctx.needs_input_grad
+        to_x: list[Tensor] = []
+        to_w1 = to_b1 = to_w2 = to_b2 = None
+        parts = x.flatten(0, -2).split(PART), gradient.flatten(0, -2).split(PART), inner[::2], inner[1::2]
+        for part, to_out, before, behind in zip(*parts, strict=True):
+            if of_w2:
+                to_w2 = _plus(to_w2, weight_gradient(to_out, behind))
+            if of_b2:
+                to_b2 = _plus(to_b2, to_out.sum(0))
+            if not (of_x or of_w1 or of_b1):
+                continue
+            to_before = torch.ops.aten.gelu_backward(product(to_out, w2.t()), before)
+            if of_w1:
+                to_w1 = _plus(to_w1, weight_gradient(to_before, part))
+            if of_b1:
+                to_b1 = _plus(to_b1, to_before.sum(0))
+            if of_x:
+                to_x.append(product(to_before, w1.t()))
+        return _joined(to_x).view(x.shape) if of_x else None, to_w1, to_b1, to_w2, to_b2
 
 
 def _plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
