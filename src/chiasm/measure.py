@@ -35,7 +35,7 @@ Clock = Callable[[], float]
 
 UNSTEADY = 0.15  # of the median matrix product: the spread from which a run is called noisy
 BUSY = 0.5  # load average beside us from which a machine is called busy
-WARM = 2  # runs before memory is measured: the first ones settle what is kept
+WARM = 2  # runs before anything is measured: the first ones settle what is kept
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices multiplied
 
 
@@ -281,7 +281,7 @@ def _peak_on_gpu(build: Callable[[], Callable[[], object]], device: torch.device
             work()
         torch.cuda.reset_peak_memory_stats(device)
         work()
-    except RuntimeError as error:
+    except Exception as error:
         raise ChiasmError(first_line(error)) from error
     return torch.cuda.max_memory_allocated(device) - before
 

@@ -310,11 +310,8 @@ class _Run:
         if any((row.mode, row.batch) == (mode, batch) for row in self.rows):
             return
         self._tell(f"{mode}, batch {batch}: warming up")
-        forms = [
-            "eager",
-            *(["optimized"] if mode == "inference" else []),
-            *(["compiled"] if self.config.compile else []),
-        ]
+        others = {"optimized": mode == "inference", "compiled": self.config.compile}
+        forms = ["eager", *(form for form, wanted in others.items() if wanted)]
         works: dict[tuple[str, str], Work] = {}
         rows: dict[tuple[str, str], Row] = {}
         try:
@@ -353,12 +350,13 @@ class _Run:
         return partial(_work, row.model, subject.shape, *how)
 
     def _prepare(self, row: Row, subject: Subject) -> tuple[Work | None, Row]:
-        """The work, run once, or the row with its error."""
-        from chiasm.measure import first_line
+        """The work, warmed up, or the row with its error."""
+        from chiasm.measure import WARM, first_line
 
         try:
             work = self._builder(row, subject)()
-            work()
+            for _ in range(WARM):
+                work()
         except Exception as error:  # one model's failure is a row of the table, not the end of the others
             _free()
             return None, replace(row, error=first_line(error))
