@@ -21,17 +21,21 @@ from chiasm.layers.fused import FusedLinear
 PART = 2**20  # numbers in the largest intermediate of one part: 4 MB, which the outer cache holds
 
 
-def by_hand(*tensors: Tensor | None) -> bool:
-    """Whether the way written by hand may be taken: a gradient is wanted, on a CPU, and nobody looks into the layer."""
+def by_hand(*tensors: Tensor | None, half: bool = False) -> bool:
+    """Whether the way written by hand may be taken: a gradient is wanted, on a CPU, and nobody looks into the layer.
+
+    All of one type, 32 or 64 bits wide, or with `half` bfloat16 as well.
+    """
     given = [tensor for tensor in tensors if tensor is not None]
+    dtype = given[0].dtype
     return (
         torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in given)
-        and all(
-            t.device.type == "cpu" and t.dtype == given[0].dtype and type(t) in (Tensor, nn.Parameter) for t in given
+        and all(t.device.type == "cpu" and t.dtype == dtype and type(t) in (Tensor, nn.Parameter) for t in given)
+        and (
+            (dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu"))
+            or (half and dtype == torch.bfloat16)
         )
-        and given[0].dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()

@@ -203,8 +203,8 @@ class WindowAttention(nn.Module):
 
     def _attend(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
         """(B, G * N, 3 * heads * d) -> (B, G * N, heads * d)."""
-        bias, dropout = self.bias(), self.attn_drop if self.training else 0.0
-        if not dropout and by_hand(qkv, bias):
+        bias, dropout = self.bias().to(qkv.dtype), self.attn_drop if self.training else 0.0
+        if not dropout and by_hand(qkv, bias, half=True):
             return _Attention.apply(qkv, bias, mask)
         return _fused_attention(qkv, _added(bias, mask), dropout)
 
@@ -277,13 +277,17 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, bias: Tensor, mask: Tensor | None) -> Tensor:
         heads, area, _ = bias.shape
         out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-        added = _added(bias, mask)
+        added = _added(bias, mask).to(_wide(qkv))
         weights, images = [], _images_of_part(qkv, bias)
         for part, target in zip(qkv.split(images), out.split(images), strict=True):
             query, key, value = _per_head(part, heads, area).flatten(1, 2).unbind(0)
             scores = added.repeat(len(query) // heads // len(added), 1, 1, 1).flatten(0, 1)
-            scores.baddbmm_(query, key.transpose(1, 2), alpha=query.shape[-1] ** -0.5)
-            weights.append(scores.softmax(-1))
+            scale = query.shape[-1] ** -0.5
+            if scores.dtype == query.dtype:
+                scores.baddbmm_(query, key.transpose(1, 2), alpha=scale)
+            else:
+                scores.add_(torch.bmm(query, key.transpose(1, 2)), alpha=scale)
+            weights.append(scores.softmax(-1).to(query.dtype))
             mixed = torch.bmm(weights[-1], value).unflatten(0, (-1, heads)).transpose(1, 2)
             target.view(-1, area, heads, value.shape[-1]).copy_(mixed)
         ctx.save_for_backward(qkv, bias, mask, *weights)
@@ -295,7 +299,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             return by_autograd(_plain_attention, (qkv, bias, mask), gradient)
         heads, area, _ = bias.shape
-        to_qkv, to_bias = torch.empty_like(qkv), torch.zeros_like(bias)
+        to_qkv, to_bias = torch.empty_like(qkv), torch.zeros_like(bias, dtype=_wide(qkv))
         images = _images_of_part(qkv, bias)
         parts = zip(qkv.split(images), weights, gradient.split(images), to_qkv.split(images), strict=True)
         for part, weight, up, target in parts:
@@ -303,14 +307,21 @@ class _Attention(torch.autograd.Function):
             up = up.reshape(-1, area, heads, value.shape[-1]).transpose(1, 2).flatten(0, 1)
             to_part = part.new_empty(3, *query.shape)
             torch.bmm(weight.transpose(1, 2), up, out=to_part[2])
-            to_scores = torch.bmm(up, value.transpose(1, 2))
+            to_scores = torch.bmm(up, value.transpose(1, 2)).to(to_bias.dtype)
+            weight = weight.to(to_bias.dtype)
             torch.ops.aten._softmax_backward_data.out(to_scores, weight, -1, to_scores.dtype, grad_input=to_scores)
             to_bias += to_scores.unflatten(0, (-1, heads)).sum(0)
+            to_scores = to_scores.to(query.dtype)
             scaled = {"beta": 0, "alpha": query.shape[-1] ** -0.5}
             torch.baddbmm(to_part[0], to_scores, key, **scaled, out=to_part[0])
             torch.baddbmm(to_part[1], to_scores.transpose(1, 2), query, **scaled, out=to_part[1])
             _per_head(target, heads, area).copy_(to_part.unflatten(1, (-1, heads)))
-        return to_qkv, to_bias, None
+        return to_qkv, to_bias.to(bias.dtype), None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The type for scores and sums: at least 32 bits."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _images_of_part(qkv: Tensor, bias: Tensor) -> int:
