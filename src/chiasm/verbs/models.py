@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,7 +74,10 @@ def show(result: list[Architecture], config: ModelsConfig) -> int:
         size = f"{item.size[0]}x{item.size[1]}" if item.size else ""
         parameters = "" if item.parameters is None else f"{item.parameters / 1e6:.1f} M"
         table.add_row(item.name, parameters, size, "published" if item.pretrained else "-", item.note)
-    Console().print(table, highlight=False)
+    console = Console()
+    console.print(table, highlight=False)
+    if not config.pattern:
+        console.print("any two coupled: CONV+TRANSFORMER:FUSION, such as resnet18+vit_tiny_patch16_224:mid")
     return 0
 
 
@@ -93,5 +97,6 @@ def _look_up(name: str, *, ours: bool) -> Architecture:
 
 
 def _note(name: str) -> str:
-    """The first line of the docstring of the function that builds it."""
-    return (timm.models.model_entrypoint(name).__doc__ or "").strip().splitlines()[0]
+    """The first line of the docstring of the function that builds it, less what has a column of its own."""
+    first = (timm.models.model_entrypoint(name).__doc__ or "").strip().splitlines()[0]
+    return re.sub(r", [\d.]+ M parameters\.$", "", first)
