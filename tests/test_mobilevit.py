@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from chiasm.errors import ChiasmError
 from chiasm.inference import optimize
 from chiasm.layers import inverted, parts
 from chiasm.layers.fused import Fused
@@ -144,6 +145,21 @@ def test_preprocessing_and_published_files_are_timms(name: str) -> None:
     assert ours.hf_hub_id == f"timm/{_timms(name)}.{theirs.tag}"
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{_timms(name)}.*")]
     assert tags == [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mobilevit_xxs_256", {"dims": (64, 80)}, "expected 3 numbers"),
+        ("mobilevitv2_050_256", {"channels": (8, 16, 24, 32, 0)}, "from 1 up"),
+        ("mobilevit_xxs_256", {"heads": 3}, "multiples of the heads"),
+        ("mobilevitv2_050_256", {"patch": 0}, "such as 2"),
+    ],
+    ids=str,
+)
+def test_sizes_that_make_no_sense_are_refused(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ChiasmError, match=message):
+        create_model(name, **options)
 
 
 def test_the_map_unpooled_and_the_classifier_exchanged() -> None:

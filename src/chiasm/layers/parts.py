@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-CACHE = 4 * 2**20  # bytes of the widest inner map
-LARGE = 4 * CACHE  # an image whose widest inner map has more is cut into strips, where it can be
+CACHE = 4 * 2**20  # bytes of the widest inner map for each thread
+LARGE = 4 * CACHE  # and for all together; an image that needs more is cut into strips, where it can be
 
 
 def images_in_cache(x: Tensor, widest: int) -> int:
@@ -21,7 +21,7 @@ def images_in_cache(x: Tensor, widest: int) -> int:
 
     At least one, and parts of about equal size.
     """
-    limit = max(1, CACHE // _image_bytes(x, widest))
+    limit = max(1, _budget() // _image_bytes(x, widest))
     parts = -(-x.shape[0] // limit)
     return -(-x.shape[0] // max(1, parts))
 
@@ -39,13 +39,17 @@ def in_parts(function: Callable[[Tensor], Tensor], x: Tensor, widest: int, *, st
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return function(x)
     if stride is not None and _image_bytes(x, widest) > LARGE:
-        strips = list(_strips(x.shape[2], stride, max(1, CACHE // _image_bytes(x[:, :, :stride], widest) - 2)))
+        strips = list(_strips(x.shape[2], stride, max(1, _budget() // _image_bytes(x[:, :, :stride], widest) - 2)))
         images = [
             torch.cat([function(image[:, :, rows])[:, :, kept] for rows, kept in strips], dim=2) for image in x.split(1)
         ]
         return images[0] if len(images) == 1 else torch.cat(images)
     part = images_in_cache(x, widest)
     return function(x) if x.shape[0] <= part else torch.cat([function(images) for images in x.split(part)])
+
+
+def _budget() -> int:
+    return min(LARGE, CACHE * torch.get_num_threads())
 
 
 def _image_bytes(x: Tensor, channels: int) -> int:

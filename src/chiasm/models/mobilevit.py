@@ -27,7 +27,6 @@ Shapes: B batch, C map channels, H x W map, D token width, P = 4 pixels of a pat
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from chiasm.errors import ChiasmError
 from chiasm.layers.attention import TransformerBlock
 from chiasm.layers.inverted import ConvBnAct, InvertedResidual
 from chiasm.layers.parts import in_parts
@@ -70,6 +70,15 @@ class TrunkConfig:
     patch: int = 2
     final_chs: int = 640
 
+    def __post_init__(self) -> None:
+        for option, count in {"channels": 5, "convs": 5, "dims": 3, "depths": 3}.items():
+            values = tuple(getattr(self, option))
+            if len(values) != count or min(values) < 1:
+                strides = "2, 4, 8, 16 and 32" if count == 5 else "8, 16 and 32"
+                raise ChiasmError(f"{option} {values}: expected {count} numbers from 1 up, for the strides {strides}.")
+        if self.patch < 1:
+            raise ChiasmError(f"patch {self.patch}: expected its side in pixels of the map, such as 2.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MobileViTConfig(TrunkConfig):
@@ -80,6 +89,11 @@ class MobileViTConfig(TrunkConfig):
     """
 
     heads: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(dim % self.heads for dim in self.dims):
+            raise ChiasmError(f"dims {tuple(self.dims)} with heads {self.heads}: expected multiples of the heads.")
 
 
 class MobileViTBlock(nn.Module):
@@ -234,7 +248,7 @@ class MobileViT(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt '{output_fmt}': the levels are maps, expected 'NCHW'.")
-        sizes = list(accumulate(range(5), lambda size, _: _halved(size), initial=_halved(x.shape[-2:])))
+        sizes = [[-(-side // level["reduction"]) for side in x.shape[-2:]] for level in self.feature_info]
         taken, last_level = feature_take_indices(len(self.feature_info), indices)
         x = self._enter(x)
         maps = []
@@ -284,10 +298,6 @@ class MobileViT(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass: less memory, more time."""
         self.grad_checkpointing = enable
-
-
-def _halved(size: Any) -> tuple[int, int]:
-    return -(-size[0] // 2), -(-size[1] // 2)
 
 
 def _init_module(module: nn.Module, name: str = "") -> None:
