@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
-from chiasm.layers.by_hand import PART, Linear, by_autograd, by_hand, eager
+from chiasm.layers.by_hand import PART, Linear, by_autograd, by_hand
 from chiasm.layers.fused import FusedLinear
 
 Order = Literal["pad_then_roll", "roll_then_pad"]
@@ -118,42 +118,42 @@ def _kept(make: Callable[..., Any], *args: Any) -> Any:
 # -------------------------------------------------------------------------------------------------------- moving tokens
 
 
-def _take(x: Tensor, index: Tensor, empty: Tensor | None, inverse: Tensor, inverse_empty: Tensor | None) -> Tensor:
-    """`x[:, index]` with zeros at `empty`, for an index that has no token twice; `inverse` leads back."""
-    if torch.is_grad_enabled() and x.requires_grad and eager():
-        return _Take.apply(x, index, empty, inverse, inverse_empty)
-    taken = x.index_select(1, index)
-    return taken if empty is None else taken.index_fill_(1, empty, 0)
-
-
 class _Take(torch.autograd.Function):
-    """The gradient is a gather as well, where autograd, which does not know that the index has no token twice, adds."""
+    """`x[:, index]` with zeros at `empty`, for an index that has no token twice: its gradient is a gather as well."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *indices: Tensor | None) -> Tensor:
-        ctx.indices = indices
-        return _take(x, *indices)
+    def forward(
+        x: Tensor, index: Tensor, empty: Tensor | None, inverse: Tensor, inverse_empty: Tensor | None
+    ) -> Tensor:
+        taken = x.index_select(1, index)
+        return taken if empty is None else taken.index_fill_(1, empty, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.indices = inputs[1:]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         index, empty, inverse, inverse_empty = ctx.indices
-        return _take(gradient, inverse, inverse_empty, index, empty), None, None, None, None
+        return _Take.apply(gradient, inverse, inverse_empty, index, empty), None, None, None, None
 
 
 def into_windows(x: Tensor, windows: Windows) -> Tensor:
     """Tokens (B, L, C), row by row -> (B, G * N, C), window by window, with zeros in empty slots."""
-    return _take(x, windows.to_windows, windows.empty, windows.to_tokens, None)
+    return _Take.apply(x, windows.to_windows, windows.empty, windows.to_tokens, None)
 
 
 def out_of_windows(x: Tensor, windows: Windows) -> Tensor:
     """Slots (B, G * N, C) -> tokens (B, L, C), row by row: the inverse of `into_windows`."""
-    return _take(x, windows.to_tokens, None, windows.to_windows, windows.empty)
+    return _Take.apply(x, windows.to_tokens, None, windows.to_windows, windows.empty)
 
 
 def between_windows(x: Tensor, held: Windows, wanted: Windows) -> Tensor:
     """Tokens (B, L, C) from the order of one deal to that of another of the same map, both without empty slots."""
     index, inverse = held.to_tokens[wanted.to_windows], wanted.to_tokens[held.to_windows]
-    return _take(x, index, None, inverse, None)
+    return _Take.apply(x, index, None, inverse, None)
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
