@@ -99,4 +99,4 @@ def _look_up(name: str, *, ours: bool) -> Architecture:
 def _note(name: str) -> str:
     """The first line of the docstring of the function that builds it, less what has a column of its own."""
     first = (timm.models.model_entrypoint(name).__doc__ or "").strip().splitlines()[0]
-    return re.sub(r", [\d.]+ M parameters\.$", "", first)
+    return re.sub(r", [\d.]+ M parameters\.$", ".", first)
