@@ -222,6 +222,17 @@ def test_parts_and_strips_give_the_whole(height: int, width: int, count: int, st
         torch.testing.assert_close(block(images), whole, rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def test_a_hook_sees_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "CACHE", 1)
+    model = create_model("mobilevit_xxs_256", num_classes=3).eval()
+    seen = []
+    for layer in (model.stages[1][1].conv2_kxk.bn, model.stages[2][1].transformer[0].attn):
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    model(torch.randn(3, 3, 64, 64))
+    assert seen == [(3, 48, 16, 16), (3 * 4, 16, 64)]
+
+
 # ----------------------------------------------------------------------------------------------------- training by hand
 
 

@@ -340,6 +340,28 @@ def test_other_ways_to_run_see_the_same_network(way: str) -> None:
         torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("size", [(64, 64), (75, 50)], ids=str)
+def test_compiles_in_one_graph(size: tuple[int, int]) -> None:
+    model = _awake(create_model("swin_nano_window4_128", num_classes=3, depths=(2, 2), num_heads=(1, 2)))
+    images = torch.randn(2, 3, *size)
+    expected = _block_gradients(deepcopy(model), images)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-4)
+    compiled(images).square().sum().backward()
+    for p, wanted in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+
+
+def test_traces_for_torchscript() -> None:
+    model = _awake(create_model("swin_nano_window4_128", num_classes=3)).eval()
+    images = torch.randn(2, 3, 75, 50)
+    with torch.no_grad():
+        for network in (model, optimize(model)):
+            traced = torch.jit.trace(network, images, check_trace=False)
+            torch.testing.assert_close(traced(-images), model(-images), rtol=1e-4, atol=1e-4)
+
+
 # ----------------------------------------------------------------------------------------------------- stochastic depth
 
 

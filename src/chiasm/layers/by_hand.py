@@ -21,24 +21,29 @@ from chiasm.layers.fused import FusedLinear
 PART = 2**20  # numbers in the largest intermediate of one part: 4 MB, which the outer cache holds
 
 
+def eager() -> bool:
+    """Whether operators are just computed: not traced, compiled or transformed."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+
+
 def by_hand(*tensors: Tensor | None, half: bool = False) -> bool:
     """Whether the way written by hand may be taken: a gradient is wanted, on a CPU, and nobody looks into the layer.
 
     All of one type, 32 or 64 bits wide, or with `half` bfloat16 as well.
     """
+    if not torch.is_grad_enabled():
+        return False
     given = [tensor for tensor in tensors if tensor is not None]
     dtype = given[0].dtype
+    if dtype == torch.bfloat16:
+        suits = half
+    else:
+        suits = dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
     return (
-        torch.is_grad_enabled()
+        suits
         and any(tensor.requires_grad for tensor in given)
-        and all(t.device.type == "cpu" and t.dtype == dtype and type(t) in (Tensor, nn.Parameter) for t in given)
-        and (
-            (dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu"))
-            or (half and dtype == torch.bfloat16)
-        )
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
+        and all(t.dtype == dtype and t.is_cpu and type(t) in (Tensor, nn.Parameter) for t in given)
+        and eager()
     )
 
 

@@ -82,7 +82,7 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             return self._forward(x)
-        return in_parts(self._forward, x, self.mid_chs, stride=self.stride)
+        return in_parts(self, self._forward, x, self.mid_chs, stride=self.stride)
 
     def _forward(self, x: Tensor) -> Tensor:
         if self._trains_by_hand(x):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chiasm.layers.by_hand import Linear, by_autograd, by_hand, product, weight_gradient
+from chiasm.layers.by_hand import Linear, by_autograd, by_hand, eager, product, weight_gradient
 from chiasm.layers.fused import FusedLinear
 
 PART = 3136  # tokens of one part: an image's of 56 x 56, the largest map of the usual networks
@@ -64,12 +64,7 @@ def _ordinary(layer: nn.Module) -> bool:
 
 
 def _in_parts(through: Any, tokens: Tensor, hidden: int) -> Tensor:
-    if (
-        tokens.device.type != "cpu"
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-    ):
+    if not tokens.is_cpu or torch.is_grad_enabled() or not eager():
         return through(tokens)
     return _joined([through(part) for part in tokens.flatten(0, -2).split(PART)]).view(tokens.shape)
 

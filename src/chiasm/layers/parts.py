@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CACHE = 4 * 2**20  # bytes of the widest inner map for each thread
 LARGE = 4 * CACHE  # and for all together; an image that needs more is cut into strips, where it can be
@@ -26,10 +26,13 @@ def images_in_cache(x: Tensor, widest: int) -> int:
     return -(-x.shape[0] // max(1, parts))
 
 
-def in_parts(function: Callable[[Tensor], Tensor], x: Tensor, widest: int, *, stride: int | None = None) -> Tensor:
+def in_parts(
+    layer: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, widest: int, *, stride: int | None = None
+) -> Tensor:
     """function(x), where `function` computes each image of the batch alone: the same, faster on large maps.
 
     Args:
+        layer: whose layers `function` calls; where one of them has a hook, that sees the whole batch.
         function: map (B, C, H, W) -> map (B, C', H', W').
         x: its input.
         widest: channels of the widest map that it makes at the input's height and width.
@@ -38,14 +41,20 @@ def in_parts(function: Callable[[Tensor], Tensor], x: Tensor, widest: int, *, st
     """
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return function(x)
+    part, strips = images_in_cache(x, widest), []
     if stride is not None and _image_bytes(x, widest) > LARGE:
         strips = list(_strips(x.shape[2], stride, max(1, _budget() // _image_bytes(x[:, :, :stride], widest) - 2)))
-        images = [
-            torch.cat([function(image[:, :, rows])[:, :, kept] for rows, kept in strips], dim=2) for image in x.split(1)
-        ]
-        return images[0] if len(images) == 1 else torch.cat(images)
-    part = images_in_cache(x, widest)
-    return function(x) if x.shape[0] <= part else torch.cat([function(images) for images in x.split(part)])
+    if (x.shape[0] <= part and not strips) or _is_watched(layer):
+        return function(x)
+    if not strips:
+        return torch.cat([function(images) for images in x.split(part)])
+    whole = [torch.cat([function(image[:, :, rows])[:, :, kept] for rows, kept in strips], 2) for image in x.split(1)]
+    return whole[0] if len(whole) == 1 else torch.cat(whole)
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    inner = (module for module in layer.modules() if module is not layer)
+    return any(module._forward_hooks or module._forward_pre_hooks for module in inner)
 
 
 def _budget() -> int:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from chiasm.layers.by_hand import eager
+
 
 class Residual(nn.Module):
     """x + branch(x), where `branch` computes each image of the batch by itself.
@@ -24,7 +26,7 @@ class Residual(nn.Module):
             return x + branch(x)
         kept = torch.rand(len(x), device=x.device) >= self.rate
         weight = 1 / (1 - self.rate) if self.rate < 1 else 0.0
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and kept.any():
+        if x.is_cpu and eager() and kept.any():
             if kept.all():
                 return torch.add(x, branch(x), alpha=weight)
             chosen = kept.nonzero()[:, 0]

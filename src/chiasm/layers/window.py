@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
-from chiasm.layers.by_hand import PART, Linear, by_autograd, by_hand
+from chiasm.layers.by_hand import PART, Linear, by_autograd, by_hand, eager
 from chiasm.layers.fused import FusedLinear
 
 Order = Literal["pad_then_roll", "roll_then_pad"]
@@ -104,7 +104,7 @@ class _Axis:
 
 def _constant(x: Tensor, make: Callable[..., Any], *args: Any) -> Any:
     """What `make` gives for `args` and the device of `x`, kept for the last that were asked for."""
-    if type(x) is not Tensor or torch.compiler.is_compiling():
+    if type(x) is not Tensor or not eager():
         return make(*args, x.device)  # being traced: tensors of that graph, not to be kept
     return _kept(make, *args, x.device)
 
@@ -118,42 +118,44 @@ def _kept(make: Callable[..., Any], *args: Any) -> Any:
 # -------------------------------------------------------------------------------------------------------- moving tokens
 
 
-class _Take(torch.autograd.Function):
-    """`x[:, index]` with zeros at `empty`, for an index that has no token twice: its gradient is a gather as well."""
+def _take(x: Tensor, index: Tensor, empty: Tensor | None, inverse: Tensor, inverse_empty: Tensor | None) -> Tensor:
+    """`x[:, index]` with zeros at `empty`, for an index that has no token twice; `inverse` leads back."""
+    if torch.is_grad_enabled() and x.requires_grad and eager():
+        return _Take.apply(x, index, empty, inverse, inverse_empty)
+    taken = x.index_select(1, index)
+    return taken if empty is None else taken.index_fill_(1, empty, 0)
 
-    generate_vmap_rule = True
+
+class _Take(torch.autograd.Function):
+    """The gradient is a gather as well, where autograd, which does not know that the index has no token twice, adds."""
 
     @staticmethod
     def forward(
-        x: Tensor, index: Tensor, empty: Tensor | None, inverse: Tensor, inverse_empty: Tensor | None
+        ctx: Any, x: Tensor, index: Tensor, empty: Tensor | None, inverse: Tensor, inverse_empty: Tensor | None
     ) -> Tensor:
-        taken = x.index_select(1, index)
-        return taken if empty is None else taken.index_fill_(1, empty, 0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.indices = inputs[1:]
+        ctx.indices = index, empty, inverse, inverse_empty
+        return _take(x, index, empty, inverse, inverse_empty)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         index, empty, inverse, inverse_empty = ctx.indices
-        return _Take.apply(gradient, inverse, inverse_empty, index, empty), None, None, None, None
+        return _take(gradient, inverse, inverse_empty, index, empty), None, None, None, None
 
 
 def into_windows(x: Tensor, windows: Windows) -> Tensor:
     """Tokens (B, L, C), row by row -> (B, G * N, C), window by window, with zeros in empty slots."""
-    return _Take.apply(x, windows.to_windows, windows.empty, windows.to_tokens, None)
+    return _take(x, windows.to_windows, windows.empty, windows.to_tokens, None)
 
 
 def out_of_windows(x: Tensor, windows: Windows) -> Tensor:
     """Slots (B, G * N, C) -> tokens (B, L, C), row by row: the inverse of `into_windows`."""
-    return _Take.apply(x, windows.to_tokens, None, windows.to_windows, windows.empty)
+    return _take(x, windows.to_tokens, None, windows.to_windows, windows.empty)
 
 
 def between_windows(x: Tensor, held: Windows, wanted: Windows) -> Tensor:
     """Tokens (B, L, C) from the order of one deal to that of another of the same map, both without empty slots."""
     index, inverse = held.to_tokens[wanted.to_windows], wanted.to_tokens[held.to_windows]
-    return _Take.apply(x, index, None, inverse, None)
+    return _take(x, index, None, inverse, None)
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -236,7 +238,7 @@ class FusedWindowAttention(nn.Module):
         if last is not None and last[0] is mask and last[1].dtype == self.bias.dtype:
             return last[1]
         added = _added(self.bias, mask)
-        if type(added) is Tensor and not torch.compiler.is_compiling():
+        if type(added) is Tensor and eager():
             self._last = mask, added
         return added
 
@@ -252,7 +254,7 @@ def _added(bias: Tensor, mask: Tensor | None) -> Tensor:
 def _fused_attention(qkv: Tensor, added: Tensor, dropout: float = 0.0) -> Tensor:
     """Queries, keys and values (B, G * N, 3 * heads * d), added (1 or G, heads, N, N) -> (B, G * N, heads * d)."""
     one = len(added) == 1 or len(qkv) == 1
-    if not one and qkv.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not one and qkv.is_cpu and not torch.is_grad_enabled() and eager():
         # The kernel takes what is added for the whole batch: image by image it need not be repeated.
         return torch.cat([_fused_attention(image, added, dropout) for image in qkv.split(1)])
     query, key, value = _per_head(qkv, *added.shape[1:3])

@@ -125,7 +125,7 @@ class MobileViTBlock(nn.Module):
         self.conv_fusion = ConvBnAct(2 * channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._forward(x) if self.training else in_parts(self._forward, x, 3 * self.conv_1x1.out_channels)
+        return self._forward(x) if self.training else in_parts(self, self._forward, x, 3 * self.conv_1x1.out_channels)
 
     def _forward(self, x: Tensor) -> Tensor:
         local = self.conv_1x1(self.conv_kxk(x))

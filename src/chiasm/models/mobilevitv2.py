@@ -115,7 +115,7 @@ class MobileViTV2Block(nn.Module):
         self.conv_proj = ConvBnAct(dim, channels, act=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._forward(x) if self.training else in_parts(self._forward, x, 2 * self.conv_1x1.out_channels)
+        return self._forward(x) if self.training else in_parts(self, self._forward, x, 2 * self.conv_1x1.out_channels)
 
     def _forward(self, x: Tensor) -> Tensor:
         x = self.conv_1x1(self.conv_kxk(resize_to_multiple(x, self.patch, align_corners=True)))

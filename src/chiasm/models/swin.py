@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from chiasm.errors import ChiasmError, UnknownNameError
-from chiasm.layers.by_hand import Linear
+from chiasm.layers.by_hand import Linear, eager
 from chiasm.layers.fused import FusedLinear
 from chiasm.layers.mlp import PART, Mlp
 from chiasm.layers.residual import Residual
@@ -230,7 +230,7 @@ class FusedSwinBlock(nn.Module):
         self.norm2, self.mlp = block.norm2, block.mlp.optimized()
 
     def forward(self, tokens: Tensor, windows: Windows) -> Tensor:
-        if tokens.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not tokens.is_cpu or torch.is_grad_enabled() or not eager():
             tokens = tokens + self.attn(self.norm1(tokens), windows)
             return tokens + self.mlp(self.norm2(tokens))
         for images in tokens.split(max(PART // tokens.shape[1], 1)):
