@@ -115,9 +115,15 @@ POWERS: dict[str, Callable[[dict[str, Any]], float]] = {
 }
 
 
+def ends(study: dict[str, Any]) -> tuple[int, int]:
+    """The largest side, and the largest of those that are half of it at most (or the smallest)."""
+    sides = sorted(map(int, study["sides"]))
+    return max((side for side in sides if 2 * side <= sides[-1]), default=sides[0]), sides[-1]
+
+
 def power(study: dict[str, Any], name: str, value: Callable[[dict[str, Any]], float]) -> float:
-    """How a value grows between the two largest sides, as a power of the number of pixels."""
-    low, high = sorted(map(int, study["sides"]))[-2:]
+    """How a value grows between the `ends`, as a power of the number of pixels."""
+    low, high = ends(study)
     ratio = value(study["sides"][str(high)]["models"][name]) / value(study["sides"][str(low)]["models"][name])
     return math.log(ratio) / math.log((high / low) ** 2)
 
@@ -139,12 +145,16 @@ def table(study: dict[str, Any]) -> str:
             models = study["sides"][str(side)]["models"]
             lines.append(f"| {side} px | {' | '.join(cell(models[name]) for name in MODELS)} |")
     if len(sides) > 1:
-        lines += ["", f"## From {sides[-2]} to {sides[-1]} px, as a power of the number of pixels", ""]
+        low, high = ends(study)
+        lines += ["", f"## From {low} to {high} px, as a power of the number of pixels", ""]
         lines += ["1 is in proportion to the pixels, 2 with their square.", "", *header]
         for what, value in POWERS.items():
             lines.append(f"| {what} | {' | '.join(f'{power(study, name, value):.2f}' for name in MODELS)} |")
     lines += ["", "## Why", "", *(f"* **{name}**: {why}." for name, why in MODELS.items())]
-    lines += ["", "Memory grows in proportion: fused attention never holds the matrix of all pairs of tokens."]
+    lines += [
+        "",
+        "Memory grows no faster than the pixels: fused attention never holds the matrix of all pairs of tokens.",
+    ]
     return "\n".join([*lines, "", "![time and memory against the side](growth.svg)", ""])
 
 
@@ -155,6 +165,7 @@ def plot(study: dict[str, Any], path: Path) -> None:
     for axes, title, unit in zip(
         figure.subplots(1, 2), ("time of one image", "peak memory without weights"), ("ms", "MB"), strict=True
     ):
+        least = math.inf
         for name, colour in COLOURS.items():
             found = [study["sides"][str(side)]["models"][name] for side in sides]
             if unit == "ms":
@@ -163,10 +174,10 @@ def plot(study: dict[str, Any], path: Path) -> None:
                 axes.fill_between(sides, low, high, color=colour, alpha=0.2, linewidth=0)
             values = [1e3 * seconds_of(f) if unit == "ms" else activations_of(f) / 1e6 for f in found]
             axes.plot(sides, values, "o-", color=colour, markersize=3, label=name)
-        start = axes.get_ylim()[0]
-        line = [start * (side / sides[0]) ** 2 for side in sides]
+            least = min(least, *values)
+        line = [least * (side / sides[0]) ** 2 for side in sides]
         axes.plot(sides, line, ":", color="#5b6876", linewidth=1, label="in proportion to the pixels")
-        axes.set(xscale="log", yscale="log", ylim=(start, None), title=title, xlabel="side, px", ylabel=unit)
+        axes.set(xscale="log", yscale="log", title=title, xlabel="side, px", ylabel=unit)
         axes.set_xticks(sides, [str(side) for side in sides], minor=False)
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)

@@ -14,8 +14,10 @@ Three steps on a copy of the model in evaluation mode:
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -67,7 +69,7 @@ def optimize(model: nn.Module) -> nn.Module:
     if any(isinstance(module, Fused) for module in model.modules()):
         return deepcopy(model)
     faster = _frozen(model)
-    with plainly():
+    with plainly(), _without_onednn():
         known = list(_answers(faster))
         faster = _replace(faster, {})
         if known:
@@ -76,6 +78,15 @@ def optimize(model: nn.Module) -> nn.Module:
             return faster
     _log.debug("%s: fused, it answered differently; it stays as its layers are", type(model).__name__)
     return _replace(_frozen(model), {})
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """oneDNN keeps what it compiled for each shape: sizes that are tried once would leave megabytes behind."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TF32 acceleration")  # of PyTorch, about another flag
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 def _frozen(model: nn.Module) -> nn.Module:
