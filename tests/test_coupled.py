@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -21,6 +22,7 @@ from chiasm.model_file import ModelInfo, load_model, preprocess_of, save_model
 from chiasm.models import create_model, is_model
 from chiasm.models.coupled import Point, couple, exchange_points
 from chiasm.models.steps import ConvSteps, MapSize, TokenSteps, conv_steps, token_steps
+from chiasm.predictor import load
 
 CLASSES = 5
 
@@ -333,6 +335,33 @@ def test_one_branch_answers_alone() -> None:
         assert len(model.forward_branches(images)) == 2
     alone = _couple(fusion="mid", branches="conv")
     assert torch.equal(alone(images), alone.conv(images))
+
+
+def test_one_branch_predicts_alone(tmp_path: Path) -> None:
+    name = f"resnet10t+{VIT}:late"
+    photo = torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8)
+    for join, said in (("logits", ""), ("concat", "one head for both branches")):
+        model = _couple("resnet10t", fusion="late", join=join)
+        args: dict[str, Any] = {"tokens_args": VIT_ARGS, "join": join}
+        info = ModelInfo(architecture=name, model_args=args, labels=tuple("abcde"), preprocess=preprocess_of(model, 64))
+        save_model(tmp_path / "m.safetensors", model, info)
+        if said:
+            with pytest.raises(ChiasmError, match=said):
+                load(tmp_path / "m.safetensors", branches="conv")
+            continue
+        both, alone = load(tmp_path / "m.safetensors"), load(tmp_path / "m.safetensors", branches="conv")
+        (whole,), (part,) = both(photo), alone(photo)
+        assert part.branches == {}
+        np.testing.assert_allclose(part.probabilities, whole.branches["conv"], atol=1e-5)
+    with pytest.raises(ChiasmError, match="resnet10t has no branches that answer alone"):
+        load("resnet10t", branches="conv")
+
+
+def test_the_size_of_training_is_the_embeddings() -> None:
+    """Made for the size, the position embedding is not interpolated; other sizes are taken as before."""
+    model = _couple(fusion="mid", img_size=(64, 96))
+    assert model.tokens.pos_embed.shape[1] == 4 * 6 + 1
+    assert model(_images(64, 96)).shape == model(_images(80, 50)).shape == (2, CLASSES)
 
 
 def test_recomputing_gives_the_same_gradients() -> None:

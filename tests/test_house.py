@@ -24,7 +24,7 @@ FLOORS = [
     {"report"},
     {"predictor"},
     {"model_file"},
-    {"tasks", "inference", "measure"},
+    {"tasks", "inference", "measure", "paired"},
     {"models", "data"},
     {"layers"},
     {"config"},

@@ -308,6 +308,16 @@ def test_early_stopping(train: Callable[..., TrainResult]) -> None:
     assert result.epochs < 50
 
 
+def test_the_last_epoch_is_kept_where_asked(train: Callable[..., TrainResult]) -> None:
+    """At a rate that throws the weights about, the best epoch is seldom the last."""
+    result = train(epochs=4, lr=0.5, warmup_epochs=0, keep="last", clip_grad=None, optimizer="sgd")
+    last = read_checkpoint(Path(result.run) / "checkpoints" / "last.ckpt")["state_dict"]
+    best = read_checkpoint(Path(result.run) / "checkpoints" / "best.ckpt")["state_dict"]
+    kept = load_model(result.model)[0].state_dict()
+    assert all(torch.equal(value, last[f"task.model.{name}"]) for name, value in kept.items())
+    assert result.best_epoch == 4 or not all(torch.equal(v, best[f"task.model.{name}"]) for name, v in kept.items())
+
+
 def test_max_minutes_ends_in_time_at_the_final_rate(train: Callable[..., TrainResult]) -> None:
     result = train(max_minutes=0.05, min_lr=1e-5, epochs=1)
     lines = rows(result.run)

@@ -18,6 +18,7 @@ _PUBLIC = {
     "optimize": "chiasm.inference",
     "load": "chiasm.predictor",
     "train": "chiasm.verbs.train",
+    "compare": "chiasm.verbs.compare",
     "evaluate": "chiasm.verbs.evaluate",
     "predict": "chiasm.verbs.predict",
     "describe": "chiasm.verbs.describe",

@@ -20,6 +20,7 @@ from chiasm import __version__
 from chiasm.config import (
     RECIPES,
     BenchConfig,
+    CompareConfig,
     Config,
     DataConfig,
     DemoConfig,
@@ -37,6 +38,7 @@ from chiasm.errors import ChiasmError, UnknownNameError, nearest
 # verb on the command line -> (settings, function in chiasm.verbs.<verb>)
 VERBS: dict[str, tuple[type[Config], str]] = {
     "train": (TrainConfig, "train"),
+    "compare": (CompareConfig, "compare"),
     "evaluate": (EvaluateConfig, "evaluate"),
     "predict": (PredictConfig, "predict"),
     "describe": (DescribeConfig, "describe"),
@@ -136,20 +138,20 @@ def _parse(verb: str, config_class: type[Config], argv: list[str]) -> dict[str, 
     print_config = given.pop("print_config", False)
     path = given.pop("config", None)
     # A positional that was not given stands here as None; of the others only those given do, 'null' among their values.
-    positional = _positionals(config_class)
-    flags = {key: value for key, value in given.items() if value is not None or key not in positional}
+    open_ = _open(config_class)
+    flags = {key: value for key, value in given.items() if value is not None or key not in open_}
     if path:
-        content = _read_settings(path, parser, config_class)
-        flags = {key: value for key, value in content.items() if value is not None or key not in positional} | flags
+        flags = _read_settings(path, parser, config_class) | flags
     if print_config:
-        config = config_class.from_flags(**dict.fromkeys(positional, "-") | flags)
-        print(config.to_yaml(without=[name for name in positional if name not in flags]), end="")
+        config = config_class.from_flags(**dict.fromkeys(open_, "-") | flags)
+        print(config.to_yaml(without=[name for name in open_ if name not in flags]), end="")
         return None
     return flags
 
 
-def _positionals(config_class: type[Config]) -> list[str]:
-    return [f.name for f in fields(config_class) if f.metadata.get("positional")]
+def _open(config_class: type[Config]) -> list[str]:
+    """The settings for which null means that they were not given."""
+    return [f.name for f in fields(config_class) if f.metadata.get("positional") or default_of(f) is MISSING]
 
 
 def _lists(config_class: type[Config]) -> list[str]:
@@ -167,6 +169,7 @@ def _read_settings(path: str, parser: ArgumentParser, config_class: type[Config]
     for name in content:
         if name not in names:
             raise UnknownNameError("option", str(name), names, f"It stands in {path}.")
+    content = {name: value for name, value in content.items() if value is not None or name not in _open(config_class)}
     try:
         return vars(parser.parse_object(content, defaults=False))
     except ChiasmError as error:

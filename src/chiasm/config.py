@@ -28,6 +28,11 @@ def _flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def _required(help: str) -> Any:
+    """A field without a default."""
+    return field(metadata={"help": help})
+
+
 def _positional(help: str, default: Any = MISSING) -> Any:
     """A field that stands first on the command line, without a flag."""
     metadata = {"help": help, "positional": True}
@@ -182,6 +187,9 @@ class TrainConfig(Config):
     )
     compile: bool = _flag(False, "torch.compile the model")
     grad_checkpointing: bool = _flag(False, "recompute activations: less memory, more time")
+    keep: Literal["best", "last"] = _flag(
+        "best", "epoch whose weights become the model: best val top-1, or last, chosen by nothing"
+    )
     checkpoint_minutes: float = _flag(5.0, "save a checkpoint at each epoch's end and at least this often")
     loggers: list[Literal["tensorboard", "wandb"]] = _flag(["tensorboard"], "where metrics go besides metrics.csv")
 
@@ -232,6 +240,26 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareConfig(Config):
+    """Find out which of several networks, coupled or alone, is worth its cost on your images."""
+
+    models: list[str] = _flag([], "candidates: NAME or NAME,key=value ... with settings of its own; as=LABEL names it")
+    data: str = _required(f"{_DATA}")
+    seeds: int = _flag(3, "how often each is trained: seeds 0, 1, 2 ...")
+    budget: str = _flag("20ep", "what each run may spend on training: 20ep (epochs), 10m, 1.5h, or 300tf (TFLOP)")
+    match: Literal["none", "params", "macs"] = _flag(
+        "none", "also the single networks, widened to the parameters or MACs of the dearest coupled one"
+    )
+    recipe: RecipeName = _flag("quick", "defaults of train by purpose: scratch, finetune or quick")
+    image_size: int | None = _flag(None, "side of the square image in pixels; default: each model's own")
+    precision: Literal["auto", "32", "bf16", "16"] = _flag("auto", "as in train")
+    train_args: dict[str, Any] = _flag({}, "further settings of train for all candidates, as YAML: '{lr: 0.001}'")
+    accelerator: str = _flag("auto", "auto, cpu, gpu, mps ... (Lightning's names)")
+    out: str | None = _flag(None, "folder of the study; default runs/compare-<data>. One that is there goes on")
+    format: Literal["table", "json"] = _flag("table", "what is printed")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Config):
     """Measure a trained model on labelled images: table, JSON and a self-contained HTML report."""
 
@@ -240,6 +268,9 @@ class EvaluateConfig(Config):
     split: str = _flag("val", "split to measure; 'all' for every image")
     val_fraction: float = _flag(0.2, "as in train, where the data has no val split")
     seed: int = _flag(0, "as in train: seed of the split")
+    branches: Literal["both", "conv", "tokens"] = _flag(
+        "both", "of a coupled model: which branches answer; one alone is faster, without what the other gave it"
+    )
     image_size: int | None = _flag(None, "side in pixels; default: the model's own")
     batch_size: int = _flag(64, "images at a time")
     workers: int | None = _flag(None, "processes that read images; default: from the machine")
@@ -259,6 +290,9 @@ class PredictConfig(Config):
     out: str | None = _flag(None, "write to this file instead of the terminal")
     draw: str | None = _flag(None, "folder for pictures with the result drawn on them")
     top: int = _flag(3, "classes listed per image")
+    branches: Literal["both", "conv", "tokens"] = _flag(
+        "both", "of a coupled model: which branches answer; one alone is faster, without what the other gave it"
+    )
     image_size: int | None = _flag(None, "side in pixels; default: the model's own")
     batch_size: int = _flag(32, "images at a time")
     workers: int | None = _flag(None, "processes that read images; default: from the machine")

@@ -213,6 +213,22 @@ def _processor() -> str:
 # ------------------------------------------------------------------------------------------------- multiply-accumulates
 
 
+# A training step does three products where a forward pass does one: for the output, the input's gradient, the weight's.
+TRAINING_PASSES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a network costs: weights, and multiply-accumulates of one image."""
+
+    parameters: int
+    macs: int
+
+    def training_tflop(self, images: int) -> float:
+        """TFLOP of training on so many images, counted as three forward passes."""
+        return TRAINING_PASSES * 2 * self.macs * images / 1e12
+
+
 @torch.no_grad()
 def count_macs(model: nn.Module, images: Tensor) -> tuple[Any, dict[str, int]]:
     """One forward pass: its output, and the multiply-accumulates of convolutions, matrix products and attention by the

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     OneImage = str | os.PathLike[str] | Image.Image | Tensor | np.ndarray
 
 
-def load(ref: str | os.PathLike[str], *, device: str = "auto", image_size: int | None = None) -> Predictor:
+def load(
+    ref: str | os.PathLike[str], *, device: str = "auto", image_size: int | None = None, branches: str = "both"
+) -> Predictor:
     """The predictor of a model.
 
     Args:
@@ -44,13 +46,14 @@ def load(ref: str | os.PathLike[str], *, device: str = "auto", image_size: int |
             `predictor.info.trained` is False.
         device: 'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', 'mps'.
         image_size: side of the square input in pixels; default: what the model was made for.
+        branches: of a coupled model, 'conv' or 'tokens' lets that one answer alone: the other is not run.
 
     Raises:
         ModelFileError, UnknownNameError: when `ref` names no model.
-        ChiasmError: for a device that is not here, or a size that the model cannot take.
+        ChiasmError: for a device that is not here, a size that the model cannot take, or one without such branches.
     """
     model, info = resolve_model(os.fspath(ref))
-    return Predictor(model, info, device=device, image_size=image_size)
+    return Predictor(model, info, device=device, image_size=image_size, branches=branches)
 
 
 class Predictor:
@@ -59,7 +62,7 @@ class Predictor:
     Args:
         model: any timm model with `len(info.labels)` classes; answers come from `chiasm.optimize` of it.
         info: what a model file says of it.
-        device, image_size: as for `load`.
+        device, image_size, branches: as for `load`.
 
     Attributes:
         info: architecture, labels, preprocessing (with `image_size` applied), and whether it was trained.
@@ -67,7 +70,13 @@ class Predictor:
     """
 
     def __init__(
-        self, model: nn.Module, info: ModelInfo, *, device: str = "auto", image_size: int | None = None
+        self,
+        model: nn.Module,
+        info: ModelInfo,
+        *,
+        device: str = "auto",
+        image_size: int | None = None,
+        branches: str = "both",
     ) -> None:
         if image_size is not None:
             if image_size < 1:
@@ -76,6 +85,8 @@ class Predictor:
             if size != info.preprocess.size:
                 set_input_size(model, size)
             info = replace(info, preprocess=replace(info.preprocess, size=size))
+        if branches != "both":
+            _use_branches(model, info.architecture, branches)
         self.info = info
         self.device = choose_device(device)
         self._transform = eval_transform(info.preprocess)
@@ -167,6 +178,16 @@ class Predictor:
         except ImageError as error:
             # A fresh one: the caught one holds on to the frames, and the file's bytes, it was raised in.
             return ImageError(error.path, error.reason)
+
+
+def _use_branches(model: Any, name: str, branches: str) -> None:
+    use = getattr(model, "use_branches", None)
+    if use is None:
+        raise ChiasmError(
+            f"{name} has no branches that answer alone, so --branches {branches} is not for it; models coupled ':mid' "
+            "or ':late' have."
+        )
+    use(branches)
 
 
 def choose_device(name: str) -> torch.device:

@@ -14,6 +14,7 @@ import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 
+from chiasm.config import TrainConfig
 from chiasm.engine.interrupt import Interrupt
 from chiasm.engine.module import STATE_KEY, Training
 from chiasm.engine.run_folder import RunFolder
@@ -79,11 +80,10 @@ class Checkpoints(Checkpoint):
     file, so a kill at any moment leaves a `last.ckpt` from which the rest is made again.
     """
 
-    def __init__(self, run: RunFolder, info: ModelInfo, minutes: float, accumulate: int, interrupt: Interrupt) -> None:
+    def __init__(self, run: RunFolder, info: ModelInfo, config: TrainConfig, interrupt: Interrupt) -> None:
         self.run = run
         self.info = info
-        self.minutes = minutes
-        self.accumulate = accumulate
+        self.config = config
         self.interrupt = interrupt
         self._since_save = Stopwatch()
 
@@ -100,10 +100,13 @@ class Checkpoints(Checkpoint):
             trainer.should_stop = True
         if trainer.should_stop or trainer.is_last_batch:
             return  # validation follows, and the epoch's checkpoint
-        if pl_module.state.batch % self.accumulate:
+        if pl_module.state.batch % self.config.accumulate:
             return  # gradients that are only half added up are in no checkpoint
         stop, due = _any_process(
-            trainer, pl_module, self.interrupt.received is not None, self._since_save.seconds > self.minutes * 60
+            trainer,
+            pl_module,
+            self.interrupt.received is not None,
+            self._since_save.seconds > self.config.checkpoint_minutes * 60,
         )
         if stop or due:
             pl_module.check_weights()
@@ -115,12 +118,13 @@ class Checkpoints(Checkpoint):
         assert isinstance(pl_module, Training)
         pl_module.check_weights()
         state = pl_module.state
-        if state.best_epoch == state.epoch:
-            if trainer.is_global_zero:
-                try:
-                    save_model(self.run.model, pl_module.evaluated.model, self.info)
-                except ModelFileError as error:
-                    raise _no_room(str(error), self.run.path) from error
+        best = state.best_epoch == state.epoch
+        if trainer.is_global_zero and (best or self.config.keep == "last"):
+            try:
+                save_model(self.run.model, pl_module.evaluated.model, self.info)
+            except ModelFileError as error:
+                raise _no_room(str(error), self.run.path) from error
+        if best:
             self._save(trainer, self.run.best)
             if trainer.is_global_zero:
                 _same_file(self.run.best, self.run.last)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,8 +45,11 @@ def fit(
     watch: Stopwatch,
     interrupt: Interrupt,
     console: Console,
+    report: Callable[[float, str], None] | None = None,
 ) -> None:
     """Train `task` to the end of its schedule, or on from `run.last` with `resume`; `state` tells how it went.
+
+    What is shown is written to `console`; with `report` that is told instead, which share is done and where it is.
 
     Raises:
         TrainingError: when the loss is not finite or the disk is full; the last complete checkpoint is kept.
@@ -61,8 +64,8 @@ def fit(
             precision=state.precision,
             logger=make_loggers(config, run, run_id=state.id, purge_from=state.updates + 1 if resume else 0),
             callbacks=[
-                Show(console),
-                Checkpoints(run, info, config.checkpoint_minutes, config.accumulate, interrupt),
+                Show(console, report),
+                Checkpoints(run, info, config, interrupt),
             ],
             default_root_dir=str(run.path),
         )

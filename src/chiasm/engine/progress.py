@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -17,10 +18,11 @@ REFRESH_SECONDS = 0.5
 
 
 class Show(Callback):
-    """Shows the run on `console`; only the main process does."""
+    """Shows the run on `console`, or tells `report` its share and where it is; only the main process does."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, report: Callable[[float, str], None] | None = None) -> None:
         self.console = console
+        self.report = report
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._watch = Stopwatch()
@@ -31,7 +33,7 @@ class Show(Callback):
         assert isinstance(pl_module, Training)
         self._watch = Stopwatch()
         self._before = _share(pl_module)
-        if trainer.is_global_zero and self.console.is_terminal:
+        if trainer.is_global_zero and self.console.is_terminal and self.report is None:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
             self._bar = Progress(*columns, TextColumn("{task.fields[left]}"), console=self.console, transient=True)
             self._task = self._bar.add_task("training", total=1.0, left="")
@@ -40,20 +42,20 @@ class Show(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._bar is not None and self._shown.seconds > REFRESH_SECONDS:
+        if self._shows and self._shown.seconds > REFRESH_SECONDS:
             assert isinstance(pl_module, Training)
             state = pl_module.state
             where = f"epoch {state.epoch + 1}, batch {state.batch}/{pl_module.batches}"
             self._update(pl_module, f"{where}, loss {state.epoch_loss / state.batch:.3f}")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._bar is not None:
+        if self._shows:
             assert isinstance(pl_module, Training)
             self._update(pl_module, f"epoch {pl_module.state.epoch + 1}, validation")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Training)
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or self.report is not None:
             return
         state, config = pl_module.state, pl_module.config
         row = state.history[-1]
@@ -73,10 +75,16 @@ class Show(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._close()
 
+    @property
+    def _shows(self) -> bool:
+        return self._bar is not None or self.report is not None
+
     def _update(self, module: Training, text: str) -> None:
-        assert self._bar is not None
         self._shown = Stopwatch()
-        self._bar.update(self._task, completed=_share(module), description=text, left=self._left(module))
+        if self.report is not None:
+            self.report(_share(module), text)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=_share(module), description=text, left=self._left(module))
 
     def _left(self, module: Training) -> str:
         """The time left at this process's speed so far."""

@@ -31,6 +31,7 @@ def summarize(config: TrainConfig, state: RunState, parameters: int, data: Image
         "best": best,
         "epochs": state.epoch,
         "updates": state.updates,
+        "images": state.images * state.world_size,
         "minutes": round(state.seconds / 60, 2),
         "images_per_second": round(state.images * state.world_size / max(1e-9, state.train_seconds), 1),
         "command": " ".join(["chiasm", *sys.argv[1:]]) if _is_command() else None,

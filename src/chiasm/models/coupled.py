@@ -410,6 +410,14 @@ class LateJoined(Late):
             joined = share * local + (1 - share) * wide
         return joined if pre_logits else self.head(joined)
 
+    def use_branches(self, branches: Branches) -> None:
+        """'both' alone: the one head reads both."""
+        if branches != "both":
+            raise ChiasmError(
+                f"{self.name}: join='{self.config.join}' has one head for both branches, none answers alone."
+            )
+        super().use_branches(branches)
+
     def forward_branches(self, x: Tensor) -> dict[str, Tensor]:
         """Image -> the logits (B, num_classes) of the one head."""
         return {"fused": self(x)}
@@ -512,6 +520,7 @@ def couple(
     in_chans: int = 3,
     pretrained: bool | Literal["conv", "tokens"] = False,
     drop_path_rate: float | None = None,
+    img_size: int | tuple[int, int] | None = None,
     conv_args: dict[str, Any] | None = None,
     tokens_args: dict[str, Any] | None = None,
     features_only: bool = False,
@@ -532,6 +541,7 @@ def couple(
         in_chans: input channels of both.
         pretrained: load the published weights of both, or of 'conv' or 'tokens' alone.
         drop_path_rate: stochastic depth of the Transformer; of `conv` by `conv_args`.
+        img_size: the size that the Transformer's position embedding is made for; others are interpolated.
         conv_args, tokens_args: further arguments of each network's own.
         features_only: the levels of `conv` as maps, timm's way, at `out_indices`.
         options: the fields of `CoupledConfig`.
@@ -547,6 +557,8 @@ def couple(
     common: dict[str, Any] = {"num_classes": 1000 if num_classes is None else num_classes, "in_chans": in_chans}
     conv_net = create_model(conv, pretrained=pretrained in (True, "conv"), **common, **(conv_args or {}))
     for_tokens: dict[str, Any] = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
+    if img_size is not None:
+        for_tokens["img_size"] = img_size
     for_tokens |= {"pretrained": pretrained in (True, "tokens"), **common, **(tokens_args or {})}
     try:
         token_net = create_model(tokens, **{"dynamic_img_size": True, **for_tokens})

@@ -335,9 +335,10 @@ class _Run:
             _free()
 
     def _row(self, subject: Subject, mode: str, form: str, batch: int) -> Row:
+        from chiasm.measure import TRAINING_PASSES
         from chiasm.report.benchmark import Row
 
-        passes = 3 if mode == "training" else 1  # back: one product for the input's gradient, one for the weight's
+        passes = TRAINING_PASSES if mode == "training" else 1
         return Row(
             model=subject.ref, mode=mode, form=form, batch=batch, image_size=subject.shape[1:],
             parameters=subject.parameters, flops=2 * subject.macs * batch * passes,

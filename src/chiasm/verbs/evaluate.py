@@ -141,7 +141,7 @@ def evaluate(**flags: Any) -> EvaluationResult:
     for content in notes:
         _log.warning("%s", content)
 
-    predictor = Predictor(model, info, device=config.device, image_size=config.image_size)
+    predictor = Predictor(model, info, device=config.device, image_size=config.image_size, branches=config.branches)
     start = time.perf_counter()
     scores, mistakes, disagreements, failures = _measure(predictor, split, targets, config)
     speed = scores.top1.count / (time.perf_counter() - start)

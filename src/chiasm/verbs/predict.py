@@ -86,7 +86,7 @@ def predict(**flags: Any) -> Predictions:
     _check(config)
     from chiasm.predictor import load
 
-    predictor = load(config.model, device=config.device, image_size=config.image_size)
+    predictor = load(config.model, device=config.device, image_size=config.image_size, branches=config.branches)
     if not predictor.info.trained:
         _log.warning("%s has random weights: what follows is chance, not knowledge.", config.model)
     results = Predictions(predictor, config)

@@ -1,0 +1,445 @@
+"""A study: several candidates trained with several seeds under one data order, recipe and budget.
+
+Its folder holds a run folder for each candidate and seed with the measurements of its last epoch beside it, so a study
+that was interrupted goes on, one whose candidates or seeds are more than before is added to, and what is there is never
+trained twice.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from rich.console import Console
+
+from chiasm.config import CompareConfig, TrainConfig
+from chiasm.data import open_data
+from chiasm.data.loader import eval_loader
+from chiasm.data.transforms import eval_transform
+from chiasm.engine.build import build_model
+from chiasm.engine.checks import check_data, check_settings
+from chiasm.engine.interrupt import Interrupt
+from chiasm.engine.run import run_training
+from chiasm.engine.run_folder import FREE_ON_RESUME, RunFolder
+from chiasm.engine.state import Stopwatch
+from chiasm.errors import ChiasmError, InterruptedRunError, UnknownNameError
+from chiasm.measure import Cost, Times, count_macs, first_line, interleaved
+from chiasm.model_file import preprocess_of
+from chiasm.models import is_model, list_models
+from chiasm.models.coupled import split_name
+from chiasm.models.widen import widened
+from chiasm.predictor import load
+from chiasm.report.comparison import Outcome
+
+# Settings of train that belong to the study: no candidate has its own.
+OF_THE_STUDY = frozenset(
+    {"data", "model", "model_args", "out", "resume", "seed", "epochs", "max_minutes", "keep", "val_fraction",
+     "image_size", "accelerator", "devices", "num_nodes", "strategy", "loggers", "recipe"}
+)  # fmt: skip
+RESULT, SPEED = "result.json", "speed.json"
+READING = 2e7  # MACs that take about as long as reading an image
+SPEED_BATCH, SPEED_WARM, SPEED_ROUNDS, SPEED_SECONDS = 8, 2, 15, 60.0
+UNITS = {"ep": "epochs", "m": "minutes", "h": "hours", "tf": "TFLOP"}
+
+
+# ------------------------------------------------------------------------------------------------ what is to be trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One entry of `--models`: NAME[,key=value ...].
+
+    Attributes:
+        label: what it is called in tables: `as=`, or the entry itself with paths made short.
+        model: architecture's name.
+        model_args: arguments of the architecture.
+        settings: settings of `train` that only this candidate has.
+    """
+
+    label: str
+    model: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def coupled(self) -> tuple[str, str] | None:
+        """The names of the two networks that it joins; None where it joins none."""
+        found = split_name(self.model)
+        return found and found[:2]
+
+    @classmethod
+    def parse(cls, entry: str) -> Candidate:
+        """Read an entry of `--models`.
+
+        Raises:
+            ChiasmError: for an entry that is no name with key=value pairs, or a setting that is the study's.
+            UnknownNameError: for an unknown architecture, with the nearest.
+        """
+        name, *pairs = _split_outside_brackets(entry)
+        for part in (split_name(name) or (name,))[:2]:
+            if not is_model(part):
+                raise UnknownNameError("model", part, list_models(all=True), "See 'chiasm models --all'.")
+        of_train = {f.name for f in fields(TrainConfig)}
+        label, model_args, settings, told = "", {}, {}, [name]
+        for pair in pairs:
+            key, equals, text = (piece.strip() for piece in pair.partition("="))
+            if not equals or not key.isidentifier():
+                raise ChiasmError(f"'{entry}': expected NAME,key=value,key=value ..., saw '{pair.strip()}'.")
+            if key in OF_THE_STUDY:
+                raise ChiasmError(f"'{entry}': {key} is the same for all candidates; give it to the study.")
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ChiasmError(f"'{entry}': {key} is not a YAML value.") from error
+            if key == "as":
+                label = text
+            elif key in of_train:
+                settings[key] = value
+            else:
+                model_args[key] = value
+            told.append(f"{key}={re.sub(r'[^=,]*/', '', text)}")
+        return cls(label=label or ",".join(told), model=name, model_args=model_args, settings=settings)
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each candidate may spend on training: epochs, minutes of wall time, or TFLOP."""
+
+    amount: float
+    kind: Literal["epochs", "minutes", "TFLOP"]
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """'20ep', '10m', '1.5h' or '300tf'.
+
+        Raises:
+            ChiasmError: for anything else.
+        """
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ep|m|h|tf)\w*\s*", text.lower())
+        if not found or not float(found[1]) or (found[2] == "ep" and float(found[1]) % 1):
+            raise ChiasmError(f"--budget '{text}': expected such as 20ep (epochs), 10m, 1.5h, or 300tf (TFLOP).")
+        amount, unit = float(found[1]), UNITS[found[2]]
+        return cls(amount * 60, "minutes") if unit == "hours" else cls(amount, unit)  # type: ignore[arg-type]
+
+    def settings(self, cost: Cost, images: int, label: str) -> dict[str, Any]:
+        """The settings of `train` that spend it on a network of that cost and as many training images.
+
+        Raises:
+            ChiasmError: where it is less than one epoch.
+        """
+        if self.kind == "minutes":
+            return {"max_minutes": self.amount}
+        if self.kind == "epochs":
+            return {"epochs": int(self.amount)}
+        epoch = cost.training_tflop(images)
+        if self.amount < epoch:
+            raise ChiasmError(
+                f"--budget {self.amount:g}tf is less than one epoch of {label}, which takes {epoch:.1f} TFLOP."
+            )
+        return {"epochs": int(self.amount / epoch)}
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.kind.removesuffix('s') if self.amount == 1 else self.kind}"
+
+
+# ------------------------------------------------------------------------------------------------------------ the study
+
+
+class Study:
+    """The candidates with their costs, the folder, and what has been measured so far.
+
+    Args:
+        config: the settings.
+
+    Raises:
+        ChiasmError: for candidates, a budget or settings that cannot be, or a folder of another study.
+        DataError: for data that cannot be trained on.
+    """
+
+    def __init__(self, config: CompareConfig) -> None:
+        if config.seeds < 1:
+            raise ChiasmError(f"--seeds {config.seeds}: expected 1 or more.")
+        if taken := sorted(OF_THE_STUDY & set(config.train_args)):
+            raise ChiasmError(f"--train-args: {taken[0]} is not set there; see 'chiasm compare --help'.")
+        self.config = config
+        self.budget = Budget.parse(config.budget)
+        self.candidates = [Candidate.parse(entry) for entry in config.models]
+        _refuse_twice([candidate.label for candidate in self.candidates])
+        if len(self.candidates) < 2:
+            raise ChiasmError("--models: there is nothing to compare; name two candidates or more.")
+        self.data = open_data(config.data, seed=0)
+        check_data(self.data)
+        self.train_images, self.val_images = len(self.data.splits["train"]), len(self.data.splits["val"])
+        self.folder = Path(config.out or f"runs/compare-{_slug(self.data.name)}")
+        self.costs = {candidate.label: self._cost(candidate) for candidate in self.candidates}
+        if config.match != "none":
+            self._add_widened(config.match)
+        for candidate in self.candidates:
+            self.plan(candidate, 0)  # what cannot be is told before anything is written
+        self.outcomes: dict[str, list[Outcome]] = {candidate.label: [] for candidate in self.candidates}
+        self.failures: dict[tuple[str, int], str] = {}
+        self._claim_folder()
+        self._check_begun()
+
+    @property
+    def reference(self) -> Candidate:
+        """Whom the others are compared with: the best network alone, or where there is none the first candidate."""
+        alone = [c for c in self.candidates if not self.joins(c) and self.outcomes[c.label]]
+        mean = {c.label: sum(o.top1 for o in self.outcomes[c.label]) / len(self.outcomes[c.label]) for c in alone}
+        return max(alone, key=lambda c: mean[c.label]) if alone else self.candidates[0]
+
+    def joins(self, candidate: Candidate) -> bool:
+        """Whether it joins two branches: a coupled model, or one that has been seen to answer with more than one."""
+        return candidate.coupled is not None or any(o.branches for o in self.outcomes[candidate.label])
+
+    # ---------------------------------------------------------------------------------------------------------- running
+
+    def runs(self) -> Iterator[tuple[Candidate, int]]:
+        """All runs, seeds outermost: stopped early, what is there still compares like with like."""
+        for seed in range(self.config.seeds):
+            for candidate in self.candidates:
+                yield candidate, seed
+
+    def _check_begun(self) -> None:
+        """Raise `ChiasmError` where a run that is there was begun with other settings than its candidate has now."""
+        for candidate, seed in self.runs():
+            folder = self._folder(candidate, seed)
+            if (folder / "config.yaml").is_file():
+                begun, now = RunFolder.open(str(folder))[1].to_dict(), self.plan(candidate, seed).to_dict()
+                changed = (n for n in now if n not in FREE_ON_RESUME | {"out"} and begun[n] != now[n])
+                if name := next(changed, None):
+                    raise ChiasmError(
+                        f"{folder} was trained with another {name}; give the candidate another name with as=."
+                    )
+
+    def is_done(self, candidate: Candidate, seed: int) -> bool:
+        """Whether that run has been measured."""
+        return (self._folder(candidate, seed) / RESULT).is_file()
+
+    def weight(self, candidate: Candidate) -> float:
+        """What a run takes in proportion to the others, for the time left."""
+        if self.budget.kind == "minutes":
+            return self.budget.amount
+        return self.plan(candidate, 0).epochs * (self.costs[candidate.label].macs + READING)
+
+    def run(
+        self, candidate: Candidate, seed: int, interrupt: Interrupt, report: Callable[[float, str], None]
+    ) -> Outcome | None:
+        """Train and measure one candidate with one seed, or take what is there; None and an entry in `failures` where
+        it fails.
+
+        Raises:
+            InterruptedRunError: after Ctrl-C or SIGTERM, with everything saved.
+        """
+        folder = self._folder(candidate, seed)
+        plan = self.plan(candidate, seed)
+        try:
+            if not self.is_done(candidate, seed):
+                self._train(folder, plan, interrupt, report)
+                self._measure(folder, seed)
+            outcome = Outcome(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
+        except InterruptedRunError:
+            raise
+        except Exception as error:  # one candidate's failure is a line of the report, not the end of the others
+            self.failures[candidate.label, seed] = first_line(error)
+            return None
+        self.outcomes[candidate.label].append(outcome)
+        return outcome
+
+    def _train(
+        self, folder: Path, plan: TrainConfig, interrupt: Interrupt, report: Callable[[float, str], None]
+    ) -> None:
+        begun = (folder / "config.yaml").is_file()
+        run = RunFolder.open(str(folder))[0] if begun else None
+        quiet = Console(quiet=True)
+        run_training(
+            replace(plan, out=str(folder)), run, watch=Stopwatch(), interrupt=interrupt, console=quiet, report=report
+        )
+
+    def _measure(self, folder: Path, seed: int) -> None:
+        """Classify the validation images and write down which are right."""
+        predictor = load(folder)
+        split = open_data(self.config.data, seed=seed).split("val")
+        loader = eval_loader(split, eval_transform(predictor.info.preprocess), batch_size=64)
+        metrics, right = predictor.task.metrics(), ["-"] * len(split)
+        for images, labels, places in loader:
+            indices = places.tolist()
+            results = predictor.classify(images, [split.sources[i] for i in indices])
+            metrics.update(results, labels.tolist())
+            for index, result, label in zip(indices, results, labels.tolist(), strict=True):
+                right[index] = str(int(result.label == result.labels[label]))
+        scores = metrics.compute()
+        with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        outcome = Outcome(
+            seed=seed,
+            top1=scores.top1.value or 0.0,
+            branches={branch.name: branch.top1.value or 0.0 for branch in scores.branches},
+            agreement=scores.agreement.share.value if scores.agreement else None,
+            ece=scores.calibration.ece,
+            epochs=len(rows),
+            minutes=sum(float(row["seconds"]) for row in rows) / 60,
+            images=summary["images"],
+            right="".join(right),
+            curve=[float(row["val_top1"]) for row in rows],
+        )
+        _write_json(folder / RESULT, asdict(outcome))
+
+    def images_per_second(self) -> dict[str, float]:
+        """How many images each trained network classifies a second, in the form that `predict` uses: batches of
+        `SPEED_BATCH` in interleaved rounds. Measured once, and again where candidates were added."""
+        trained = {c.label: self._folder(c, o[0].seed) for c in self.candidates if (o := self.outcomes[c.label])}
+        file = self.folder / SPEED
+        if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8"))).keys() >= trained.keys():
+            return found
+        works: dict[str, Callable[[], object]] = {}
+        for label, folder in trained.items():
+            predictor = load(folder)
+            preprocess = predictor.info.preprocess
+            images = torch.zeros(SPEED_BATCH, len(preprocess.mean), *preprocess.size)
+
+            works[label] = partial(predictor.classify, images, [""] * SPEED_BATCH)
+        seconds: dict[str, list[float]] = {label: [] for label in works}
+        watch = Stopwatch()
+        for number, found in enumerate(islice(interleaved(works), SPEED_WARM + SPEED_ROUNDS)):
+            for label, outcome in found.items():
+                if isinstance(outcome, Exception):
+                    raise outcome
+                if number >= SPEED_WARM:
+                    seconds[label].append(outcome)
+            if watch.seconds > SPEED_SECONDS and number >= SPEED_WARM:
+                break
+        speeds = {label: SPEED_BATCH / Times(tuple(values)).median for label, values in seconds.items()}
+        _write_json(file, speeds)
+        return speeds
+
+    # -------------------------------------------------------------------------------------------------------- preparing
+
+    def _folder(self, candidate: Candidate, seed: int) -> Path:
+        return self.folder / f"{_slug(candidate.label)}-{seed}"
+
+    def plan(self, candidate: Candidate, seed: int) -> TrainConfig:
+        """The settings of one run."""
+        cost = self.costs[candidate.label]
+        return self._plan(candidate, seed, **self.budget.settings(cost, self.train_images, candidate.label))
+
+    def _plan(self, candidate: Candidate, seed: int, **budget: Any) -> TrainConfig:
+        config = self.config
+        given = {
+            **config.train_args, **candidate.settings, **budget,
+            "data": config.data, "model": candidate.model, "model_args": candidate.model_args,
+            "recipe": config.recipe, "image_size": config.image_size, "precision": config.precision, "seed": seed,
+            "keep": "last", "accelerator": config.accelerator, "devices": "1", "loggers": [],
+        }  # fmt: skip
+        plan = TrainConfig.from_flags(**{name: value for name, value in given.items() if value is not None})
+        check_settings(plan)
+        return plan
+
+    def _cost(self, candidate: Candidate) -> Cost:
+        """What one image costs; the network is built once, so what cannot be is refused before anything is trained."""
+        plan = self._plan(candidate, 0)
+        try:
+            model = build_model(plan, len(self.data.classes), load=False)[0].eval()
+            return _cost_of(model, plan)
+        except ChiasmError as error:
+            raise ChiasmError(f"{candidate.label}: {error}") from error
+        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+            raise ChiasmError(f"{candidate.label} cannot be built or run: {first_line(error)}") from error
+
+    def _add_widened(self, measure: Literal["params", "macs"]) -> None:
+        """Beside each network that is part of a coupled candidate, itself as wide as the dearest of them costs."""
+        joined = [candidate for candidate in self.candidates if candidate.coupled]
+        for candidate in [c for c in self.candidates if not c.coupled]:
+            targets = [self.costs[c.label] for c in joined if c.coupled and candidate.model in c.coupled]
+            if not targets:
+                continue
+            target = max((cost.macs if measure == "macs" else cost.parameters) for cost in targets)
+            plan = self._plan(candidate, 0)
+
+            def build(arguments: dict[str, Any], plan: TrainConfig = plan) -> torch.nn.Module:
+                with torch.device("meta"):
+                    wider = replace(plan, model_args=plan.model_args | arguments)
+                    return build_model(wider, len(self.data.classes), load=False)[0].eval()
+
+            def cost(model: torch.nn.Module, plan: TrainConfig = plan) -> float:
+                with torch.device("meta"):
+                    found = _cost_of(model, plan)
+                return found.macs if measure == "macs" else found.parameters
+
+            wide = replace(
+                candidate,
+                label=f"{candidate.label}, widened",
+                model_args=candidate.model_args | widened(candidate.model, build, cost, target),
+            )
+            self.candidates.append(wide)
+            self.costs[wide.label] = self._cost(wide)
+        _refuse_twice([candidate.label for candidate in self.candidates])
+
+    def _claim_folder(self) -> None:
+        """Make the study's folder, or make sure that the one there is of the same study.
+
+        Raises:
+            ChiasmError: where it holds something else, or a study of other settings.
+        """
+        file = self.folder / "study.yaml"
+        fixed = ("data", "budget", "recipe", "image_size", "precision", "train_args")
+        own = {name: value for name, value in self.config.to_dict().items() if name in fixed}
+        own["fingerprint"] = self.data.fingerprint()
+        if file.is_file():
+            before = yaml.safe_load(file.read_text(encoding="utf-8"))
+            for name, value in own.items():
+                if before.get(name) != value:
+                    saw = f"{name} {before.get(name)}, not {value}" if name != "fingerprint" else "other images"
+                    raise ChiasmError(f"{self.folder}: a study with {saw}; name another folder with --out.")
+            return
+        try:
+            if self.folder.is_dir() and any(self.folder.iterdir()):
+                raise ChiasmError(f"{self.folder}: holds something else; name another folder with --out.")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(yaml.safe_dump(own, sort_keys=False), encoding="utf-8")
+        except OSError as error:
+            raise ChiasmError(f"{self.folder}: cannot be written ({error.strerror}); choose --out.") from error
+
+
+def _cost_of(model: torch.nn.Module, plan: TrainConfig) -> Cost:
+    preprocess = preprocess_of(model, plan.image_size)
+    _, macs = count_macs(model, torch.zeros(1, len(preprocess.mean), *preprocess.size))
+    return Cost(parameters=sum(p.numel() for p in model.parameters()), macs=macs[""])
+
+
+def _refuse_twice(labels: list[str]) -> None:
+    slugs = [_slug(label) for label in labels]
+    twice = next((label for label, slug in zip(labels, slugs, strict=True) if slugs.count(slug) > 1), None)
+    if twice is not None:
+        raise ChiasmError(f"--models: '{twice}' is there twice; tell them apart with as=NAME.")
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", label).strip("-")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content), encoding="utf-8")
+    part.replace(path)
