@@ -32,15 +32,6 @@ def test_one_seed_is_the_paired_test_over_images() -> None:
     assert found.half == pytest.approx(expected.confidence_interval(0.95).high - found.mean)
 
 
-def test_other_images_with_each_seed() -> None:
-    rng = np.random.default_rng(0)
-    ours = [rng.random(count) < 0.9 for count in (50, 51)]
-    theirs = [rng.random(count) < 0.5 for count in (50, 51)]
-    found = compare_paired(ours, theirs)
-    assert found.mean == pytest.approx(np.mean([a.mean() - b.mean() for a, b in zip(ours, theirs, strict=True)]))
-    assert found.p < 0.01
-
-
 def test_unreadable_images_count_neither_way() -> None:
     whole = compare_paired([[1, 0, 1, 1], [1, 1, 0, 1]], [[0, 0, 1, 0], [1, 0, 0, 1]])
     holed = compare_paired([[1, 0, 1, 1, NAN], [1, 1, 0, 1, NAN]], [[0, 0, 1, 0, NAN], [1, 0, 0, 1, NAN]])
@@ -91,6 +82,8 @@ def test_holm_by_hand() -> None:
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_holm_lies_between_none_and_bonferroni(p_values: list[float]) -> None:
     for p, corrected in zip(p_values, holm(p_values), strict=True):
-        assert p <= corrected <= min(1, len(p_values) * p) + 1e-12 or corrected == max(holm(p_values))
+        assert p <= corrected <= 1
+    by_size = [corrected for _, corrected in sorted(zip(p_values, holm(p_values), strict=True))]
+    assert by_size == sorted(by_size)
     smallest = int(np.argmin(p_values))
     assert holm(p_values)[smallest] == pytest.approx(min(1, len(p_values) * p_values[smallest]))

@@ -61,18 +61,14 @@ def compare_paired(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[fl
     seen: then the interval is about other images only.
 
     Args:
-        ours, theirs: for each seed, in the same order, 1 for each image that was classified rightly and 0 for the
-            others; NaN where it could not be read. With a seed come its own validation images, the same for both.
+        ours, theirs: (seeds, images): 1 where an image was classified rightly, 0 where not, NaN where it could not be
+            read. Each seed may have validation images of its own, the same for both; the interval is then wider yet.
     """
     by_seed = [np.asarray(a, float) - np.asarray(b, float) for a, b in zip(ours, theirs, strict=True)]
     means = [float(np.nanmean(difference)) for difference in by_seed]
     seeds, mean = len(means), float(np.mean(means))
-    if len({len(difference) for difference in by_seed}) == 1:
-        together = np.stack(by_seed)
-        images = np.nanmean(together[:, ~np.isnan(together).all(0)], axis=0)
-    else:
-        images = np.concatenate(by_seed)
-        images = images[~np.isnan(images)]
+    together = np.stack(by_seed)
+    images = np.nanmean(together[:, ~np.isnan(together).all(0)], axis=0)
     parts = [(float(np.var(images, ddof=1)) / len(images), len(images) - 1)] if len(images) > 1 else []
     if seeds > 1:
         parts.append((float(np.var(means, ddof=1)) / seeds, seeds - 1))

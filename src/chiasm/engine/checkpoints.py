@@ -76,8 +76,9 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
 class Checkpoints(Checkpoint):
     """Saves after each epoch, every `minutes` within one, and when a signal asks to stop; stops there too.
 
-    The best epoch's checkpoint and the model file are written first and `last.ckpt` becomes a second name of the same
-    file, so a kill at any moment leaves a `last.ckpt` from which the rest is made again.
+    The best epoch's checkpoint and the model file (of that epoch, or with `keep='last'` of each) are written first and
+    `last.ckpt` becomes a second name of the same file, so a kill at any moment leaves a `last.ckpt` from which the rest
+    is made again.
     """
 
     def __init__(self, run: RunFolder, info: ModelInfo, config: TrainConfig, interrupt: Interrupt) -> None:

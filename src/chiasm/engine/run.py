@@ -30,7 +30,7 @@ class TrainResult:
 
     Attributes:
         run: the run folder.
-        model: the model file of the best epoch.
+        model: the model file of the best epoch, or with `keep='last'` of the last.
         top1: the best validation top-1, 0..1.
         branches: each branch's own top-1 in that epoch, by name; empty for a one-branch model.
         best_epoch: the epoch it was reached after, from 1.

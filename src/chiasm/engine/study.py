@@ -8,8 +8,10 @@ trained twice.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -21,8 +23,8 @@ import torch
 import yaml
 from rich.console import Console
 
-from chiasm.config import CompareConfig, TrainConfig
-from chiasm.data import open_data
+from chiasm.config import CompareConfig, TrainConfig, read_yaml
+from chiasm.data import ImageData, open_data
 from chiasm.data.loader import eval_loader
 from chiasm.data.transforms import eval_transform
 from chiasm.engine.build import build_model
@@ -31,7 +33,7 @@ from chiasm.engine.interrupt import Interrupt
 from chiasm.engine.run import run_training
 from chiasm.engine.run_folder import FREE_ON_RESUME, RunFolder
 from chiasm.engine.state import Stopwatch
-from chiasm.errors import ChiasmError, InterruptedRunError, UnknownNameError
+from chiasm.errors import ChiasmError, InterruptedRunError, UnknownNameError, nearest
 from chiasm.measure import Cost, Times, count_macs, first_line, interleaved
 from chiasm.model_file import preprocess_of
 from chiasm.models import is_model, list_models
@@ -39,16 +41,21 @@ from chiasm.models.coupled import split_name
 from chiasm.models.widen import widened
 from chiasm.predictor import load
 from chiasm.report.comparison import Outcome
+from chiasm.report.html import write_text
 
 # Settings of train that belong to the study: no candidate has its own.
 OF_THE_STUDY = frozenset(
     {"data", "model", "model_args", "out", "resume", "seed", "epochs", "max_minutes", "keep", "val_fraction",
-     "image_size", "accelerator", "devices", "num_nodes", "strategy", "loggers", "recipe"}
+     "image_size", "precision", "accelerator", "devices", "num_nodes", "strategy", "loggers", "recipe",
+     "early_stopping"}
 )  # fmt: skip
 RESULT, SPEED = "result.json", "speed.json"
+LONGEST = 120  # bytes of a folder's name
 READING = 2e7  # MACs that take about as long as reading an image
 SPEED_BATCH, SPEED_WARM, SPEED_ROUNDS, SPEED_SECONDS = 8, 2, 15, 60.0
 UNITS = {"ep": "epochs", "m": "minutes", "h": "hours", "tf": "TFLOP"}
+LABELS = {"params": "parameters", "macs": "MACs"}
+DEVICES = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "mps": "mps"}  # Lightning's name: PyTorch's
 
 
 # ------------------------------------------------------------------------------------------------ what is to be trained
@@ -95,7 +102,7 @@ class Candidate:
             if not equals or not key.isidentifier():
                 raise ChiasmError(f"'{entry}': expected NAME,key=value,key=value ..., saw '{pair.strip()}'.")
             if key in OF_THE_STUDY:
-                raise ChiasmError(f"'{entry}': {key} is the same for all candidates; give it to the study.")
+                raise ChiasmError(f"'{entry}': {key} is the same for all candidates, so none has its own.")
             try:
                 value = yaml.safe_load(text)
             except yaml.YAMLError as error:
@@ -111,10 +118,13 @@ class Candidate:
 
 
 def _split_outside_brackets(text: str) -> list[str]:
-    parts, depth = [""], 0
+    """At commas that are not within brackets or quotes."""
+    parts, depth, quote = [""], 0, ""
     for letter in text:
-        depth += (letter in "[{(") - (letter in "]})")
-        if letter == "," and depth == 0:
+        if letter in "'\"" and quote in ("", letter):
+            quote = "" if quote else letter
+        depth += not quote and (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth == 0 and not quote:
             parts.append("")
         else:
             parts[-1] += letter
@@ -135,11 +145,13 @@ class Budget:
         Raises:
             ChiasmError: for anything else.
         """
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ep|m|h|tf)\w*\s*", text.lower())
-        if not found or not float(found[1]) or (found[2] == "ep" and float(found[1]) % 1):
+        units = r"(ep)(?:ochs?)?|(m)(?:in(?:utes?)?)?|(h)(?:ours?)?|(tf)(?:lop)?"
+        found = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*(?:{units})\s*", text.lower())
+        unit = found and next(filter(None, found.groups()[1:]))
+        if not found or not unit or not float(found[1]) or (unit == "ep" and float(found[1]) % 1):
             raise ChiasmError(f"--budget '{text}': expected such as 20ep (epochs), 10m, 1.5h, or 300tf (TFLOP).")
-        amount, unit = float(found[1]), UNITS[found[2]]
-        return cls(amount * 60, "minutes") if unit == "hours" else cls(amount, unit)  # type: ignore[arg-type]
+        amount, kind = float(found[1]), UNITS[unit]
+        return cls(amount * 60, "minutes") if kind == "hours" else cls(amount, kind)  # type: ignore[arg-type]
 
     def settings(self, cost: Cost, images: int, label: str) -> dict[str, Any]:
         """The settings of `train` that spend it on a network of that cost and as many training images.
@@ -179,15 +191,16 @@ class Study:
     def __init__(self, config: CompareConfig) -> None:
         if config.seeds < 1:
             raise ChiasmError(f"--seeds {config.seeds}: expected 1 or more.")
-        if taken := sorted(OF_THE_STUDY & set(config.train_args)):
+        if taken := sorted((OF_THE_STUDY - {"val_fraction"}) & set(config.train_args)):
             raise ChiasmError(f"--train-args: {taken[0]} is not set there; see 'chiasm compare --help'.")
+        self.notes: list[str] = []
         self.config = config
         self.budget = Budget.parse(config.budget)
         self.candidates = [Candidate.parse(entry) for entry in config.models]
         _refuse_twice([candidate.label for candidate in self.candidates])
         if len(self.candidates) < 2:
             raise ChiasmError("--models: there is nothing to compare; name two candidates or more.")
-        self.data = open_data(config.data, seed=0)
+        self.data = self._open(0)
         check_data(self.data)
         self.train_images, self.val_images = len(self.data.splits["train"]), len(self.data.splits["val"])
         self.folder = Path(config.out or f"runs/compare-{_slug(self.data.name)}")
@@ -204,9 +217,14 @@ class Study:
     @property
     def reference(self) -> Candidate:
         """Whom the others are compared with: the best network alone, or where there is none the first candidate."""
-        alone = [c for c in self.candidates if not self.joins(c) and self.outcomes[c.label]]
-        mean = {c.label: sum(o.top1 for o in self.outcomes[c.label]) / len(self.outcomes[c.label]) for c in alone}
-        return max(alone, key=lambda c: mean[c.label]) if alone else self.candidates[0]
+        found = self.outcomes
+        measured = [c for c in self.candidates if found[c.label]]
+        alone = [c for c in measured if not self.joins(c)]
+        if not alone:
+            return max(measured or self.candidates, key=lambda c: len(found[c.label]))
+        most = max(len(found[c.label]) for c in alone)
+        whole = [c for c in alone if len(found[c.label]) == most]  # one lucky seed is no reference
+        return max(whole, key=lambda c: sum(o.top1 for o in found[c.label]))
 
     def joins(self, candidate: Candidate) -> bool:
         """Whether it joins two branches: a coupled model, or one that has been seen to answer with more than one."""
@@ -256,12 +274,15 @@ class Study:
         try:
             if not self.is_done(candidate, seed):
                 self._train(folder, plan, interrupt, report)
-                self._measure(folder, seed)
+                self._measure(folder, plan)
             outcome = Outcome(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
         except InterruptedRunError:
             raise
         except Exception as error:  # one candidate's failure is a line of the report, not the end of the others
-            self.failures[candidate.label, seed] = first_line(error)
+            known = isinstance(error, ChiasmError)
+            self.failures[candidate.label, seed] = f"{'' if known else type(error).__name__ + ': '}{first_line(error)}"
+            if not known and folder.is_dir():
+                (folder / "failure.txt").write_text(traceback.format_exc(), encoding="utf-8")
             return None
         self.outcomes[candidate.label].append(outcome)
         return outcome
@@ -276,11 +297,12 @@ class Study:
             replace(plan, out=str(folder)), run, watch=Stopwatch(), interrupt=interrupt, console=quiet, report=report
         )
 
-    def _measure(self, folder: Path, seed: int) -> None:
+    def _measure(self, folder: Path, plan: TrainConfig) -> None:
         """Classify the validation images and write down which are right."""
-        predictor = load(folder)
-        split = open_data(self.config.data, seed=seed).split("val")
-        loader = eval_loader(split, eval_transform(predictor.info.preprocess), batch_size=64)
+        predictor, seed = load(folder, device=self.device), plan.seed
+        split = self._open(seed).split("val")
+        transform = eval_transform(predictor.info.preprocess)
+        loader = eval_loader(split, transform, batch_size=plan.batch_size, workers=plan.workers)
         metrics, right = predictor.task.metrics(), ["-"] * len(split)
         for images, labels, places in loader:
             indices = places.tolist()
@@ -304,7 +326,7 @@ class Study:
             right="".join(right),
             curve=[float(row["val_top1"]) for row in rows],
         )
-        _write_json(folder / RESULT, asdict(outcome))
+        write_text(folder / RESULT, json.dumps(asdict(outcome)))
 
     def images_per_second(self) -> dict[str, float]:
         """How many images each trained network classifies a second, in the form that `predict` uses: batches of
@@ -315,7 +337,11 @@ class Study:
             return found
         works: dict[str, Callable[[], object]] = {}
         for label, folder in trained.items():
-            predictor = load(folder)
+            try:
+                predictor = load(folder, device=self.device)
+            except ChiasmError as error:
+                self.notes.append(f"The speed of {label} was not measured: {error}")
+                continue
             preprocess = predictor.info.preprocess
             images = torch.zeros(SPEED_BATCH, len(preprocess.mean), *preprocess.size)
 
@@ -324,20 +350,31 @@ class Study:
         watch = Stopwatch()
         for number, found in enumerate(islice(interleaved(works), SPEED_WARM + SPEED_ROUNDS)):
             for label, outcome in found.items():
-                if isinstance(outcome, Exception):
+                if isinstance(outcome, InterruptedRunError):
                     raise outcome
-                if number >= SPEED_WARM:
+                if isinstance(outcome, Exception):
+                    self.notes.append(f"The speed of {label} was not measured: {first_line(outcome)}")
+                    seconds.pop(label)
+                elif number >= SPEED_WARM:
                     seconds[label].append(outcome)
             if watch.seconds > SPEED_SECONDS and number >= SPEED_WARM:
                 break
         speeds = {label: SPEED_BATCH / Times(tuple(values)).median for label, values in seconds.items()}
-        _write_json(file, speeds)
+        write_text(file, json.dumps(speeds))
         return speeds
 
     # -------------------------------------------------------------------------------------------------------- preparing
 
     def _folder(self, candidate: Candidate, seed: int) -> Path:
         return self.folder / f"{_slug(candidate.label)}-{seed}"
+
+    def _open(self, seed: int) -> ImageData:
+        return open_data(self.config.data, val_fraction=self.config.train_args.get("val_fraction", 0.2), seed=seed)
+
+    @property
+    def device(self) -> str:
+        """Where trained networks are measured: as PyTorch calls what they are trained on."""
+        return DEVICES.get(self.config.accelerator, "auto")
 
     def plan(self, candidate: Candidate, seed: int) -> TrainConfig:
         """The settings of one run."""
@@ -352,20 +389,26 @@ class Study:
             "recipe": config.recipe, "image_size": config.image_size, "precision": config.precision, "seed": seed,
             "keep": "last", "accelerator": config.accelerator, "devices": "1", "loggers": [],
         }  # fmt: skip
-        plan = TrainConfig.from_flags(**{name: value for name, value in given.items() if value is not None})
+        plan = TrainConfig.from_flags(**given)
         check_settings(plan)
         return plan
 
     def _cost(self, candidate: Candidate) -> Cost:
         """What one image costs; the network is built once, so what cannot be is refused before anything is trained."""
-        plan = self._plan(candidate, 0)
         try:
+            plan = self._plan(candidate, 0)
             model = build_model(plan, len(self.data.classes), load=False)[0].eval()
             return _cost_of(model, plan)
         except ChiasmError as error:
-            raise ChiasmError(f"{candidate.label}: {error}") from error
-        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-            raise ChiasmError(f"{candidate.label} cannot be built or run: {first_line(error)}") from error
+            hint = "".join(
+                f" Of train there is '{near[0]}'; did you mean that in place of '{name}'?"
+                for name in candidate.model_args
+                if (near := nearest(name, (f.name for f in fields(TrainConfig))))
+            )
+            raise ChiasmError(f"{candidate.label}: {error}{hint}") from error
+        except Exception as error:  # whatever a network says to arguments that do not go together
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise ChiasmError(f"{candidate.label} cannot be built or run ({what}).") from error
 
     def _add_widened(self, measure: Literal["params", "macs"]) -> None:
         """Beside each network that is part of a coupled candidate, itself as wide as the dearest of them costs."""
@@ -376,6 +419,9 @@ class Study:
                 continue
             target = max((cost.macs if measure == "macs" else cost.parameters) for cost in targets)
             plan = self._plan(candidate, 0)
+            if plan.weights or plan.pretrained:
+                self.notes.append(f"{candidate.label} is not widened: it starts from weights, which no wider one has.")
+                continue
 
             def build(arguments: dict[str, Any], plan: TrainConfig = plan) -> torch.nn.Module:
                 with torch.device("meta"):
@@ -387,10 +433,15 @@ class Study:
                     found = _cost_of(model, plan)
                 return found.macs if measure == "macs" else found.parameters
 
+            try:
+                arguments = widened(candidate.model, build, cost, target)
+            except ChiasmError as error:
+                self.notes.append(str(error))
+                continue
             wide = replace(
                 candidate,
-                label=f"{candidate.label}, widened",
-                model_args=candidate.model_args | widened(candidate.model, build, cost, target),
+                label=f"{candidate.label}, widened to {target / 1e6:.0f} M {LABELS[measure]}",
+                model_args=candidate.model_args | arguments,
             )
             self.candidates.append(wide)
             self.costs[wide.label] = self._cost(wide)
@@ -403,21 +454,21 @@ class Study:
             ChiasmError: where it holds something else, or a study of other settings.
         """
         file = self.folder / "study.yaml"
-        fixed = ("data", "budget", "recipe", "image_size", "precision", "train_args")
+        fixed = ("recipe", "image_size", "precision", "train_args")
         own = {name: value for name, value in self.config.to_dict().items() if name in fixed}
-        own["fingerprint"] = self.data.fingerprint()
-        if file.is_file():
-            before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        own |= {"budget": str(self.budget), "fingerprint": self.data.fingerprint()}
+        if any(self.folder.glob("*/checkpoints/last.ckpt")) and file.is_file():
+            before = read_yaml(file)
             for name, value in own.items():
                 if before.get(name) != value:
                     saw = f"{name} {before.get(name)}, not {value}" if name != "fingerprint" else "other images"
                     raise ChiasmError(f"{self.folder}: a study with {saw}; name another folder with --out.")
             return
         try:
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+            if self.folder.is_dir() and any(self.folder.iterdir()) and not file.is_file():
                 raise ChiasmError(f"{self.folder}: holds something else; name another folder with --out.")
             self.folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(yaml.safe_dump(own, sort_keys=False), encoding="utf-8")
+            write_text(file, yaml.safe_dump(own, sort_keys=False))
         except OSError as error:
             raise ChiasmError(f"{self.folder}: cannot be written ({error.strerror}); choose --out.") from error
 
@@ -436,10 +487,8 @@ def _refuse_twice(labels: list[str]) -> None:
 
 
 def _slug(label: str) -> str:
-    return re.sub(r"[^\w.+-]+", "-", label).strip("-")
-
-
-def _write_json(path: Path, content: Any) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content), encoding="utf-8")
-    part.replace(path)
+    """As a folder's name; a long one is cut and told apart by a digest."""
+    slug = re.sub(r"[^\w.+-]+", "-", label).strip("-")
+    if len(slug.encode()) <= LONGEST:
+        return slug
+    return f"{slug[: LONGEST // 4]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import mean
 from typing import Any
 
@@ -60,6 +60,7 @@ class Entry:
     Attributes:
         label: what it is called.
         model, model_args: what it is.
+        settings: settings of `train` that only it had.
         joins: the names of the networks that it joins, or of its branches; empty for a network alone.
         cost: weights and multiply-accumulates of an image.
         outcomes: one for each seed that came to its end.
@@ -70,6 +71,7 @@ class Entry:
     label: str
     model: str
     model_args: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
     joins: tuple[str, ...]
     cost: Cost
     outcomes: tuple[Outcome, ...]
@@ -90,13 +92,20 @@ class Entry:
         names = self.outcomes[0].branches if self.outcomes else {}
         return {name: mean(outcome.branches[name] for outcome in self.outcomes) for name in names}
 
+    @property
+    def parts(self) -> tuple[dict[str, Any], ...]:
+        """Of a coupled model the arguments of its two networks."""
+        return tuple(self.model_args.get(name, {}) for name in ("conv_args", "tokens_args"))
+
+    def beside(self, other: Entry) -> Entry:
+        """It with the seeds that both have."""
+        seeds = {outcome.seed for outcome in other.outcomes}
+        return replace(self, outcomes=tuple(outcome for outcome in self.outcomes if outcome.seed in seeds))
+
     def above(self, other: Entry) -> Difference | None:
         """How far it is above another, over the seeds that both have; None where they have none."""
-        theirs = {outcome.seed: outcome for outcome in other.outcomes}
-        pairs = [(own, theirs[own.seed]) for own in self.outcomes if own.seed in theirs]
-        if not pairs:
-            return None
-        return compare_paired([own.correct for own, _ in pairs], [their.correct for _, their in pairs])
+        ours, theirs = ([outcome.correct for outcome in e.outcomes] for e in (self.beside(other), other.beside(self)))
+        return compare_paired(ours, theirs) if ours else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +119,8 @@ class Comparison:
         train_images, val_images: how many.
         budget, recipe: of each run, in words.
         seeds: how many were asked for.
-        machine, command, date: where, how and when.
+        machine, command, date: where, how and when the last of it was done.
+        notes: what a reader must know besides.
     """
 
     entries: tuple[Entry, ...]
@@ -124,6 +134,7 @@ class Comparison:
     machine: dict[str, Any]
     command: str
     date: str
+    notes: tuple[str, ...] = ()
 
     @property
     def measured(self) -> list[Entry]:
@@ -173,6 +184,7 @@ def _plain(entry: Entry, test: tuple[Difference, float] | None) -> dict[str, Any
         "label": entry.label,
         "model": entry.model,
         "model_args": entry.model_args,
+        "settings": entry.settings,
         "joins": list(entry.joins),
         **asdict(entry.cost),
         "images_per_second": entry.images_per_second,
@@ -191,23 +203,27 @@ def _plain(entry: Entry, test: tuple[Difference, float] | None) -> dict[str, Any
 
 def verdict(result: Comparison) -> Iterator[str]:
     """What was found, a sentence or two each, the answer first."""
-    measured = result.measured
-    if len(measured) < 2:
-        yield "Fewer than two candidates came to their end, so there is nothing to compare."
+    tests = result.tests()
+    if not tests:
+        yield "Fewer than two candidates came to their end with a seed in common, so there is nothing to compare."
         return
     reference = result.entry(result.reference)
-    tests = result.tests()
-    joined = [entry for entry in measured if entry.joins and entry.label in tests]
-    if joined:
-        yield _does_it_help(max(joined, key=lambda entry: entry.top1), reference, tests)
+    compared = sorted((e for e in result.measured if e.label in tests), key=lambda entry: -entry.top1)
+    joined = [entry for entry in compared if entry.joins]
+    if joined and not reference.joins:
+        best, *others = joined
+        yield f"{_answer(*tests[best.label])} {_against(best, reference, tests)}"
+        yield from (
+            f"More than chance: {_against(other, reference, tests)}"
+            for other in others
+            if tests[other.label][1] < SIGNIFICANT <= tests[best.label][1] and tests[other.label][0].mean > 0
+        )
     else:
-        best = max((entry for entry in measured if entry.label in tests), key=lambda entry: entry.top1)
-        gap = _gap(*tests[best.label], len(tests))
-        yield f"{best.label} ({best.top1:.1%}) is {gap} {reference.label}, {_price(best, reference)}."
+        yield _against(compared[0], reference, tests)
     for one in joined:
         yield from _exchange(one, joined)
     for one in joined:
-        yield from _branch_inside(one, measured)
+        yield from _branch_inside(one, result.measured)
     if result.seeds == 1:
         yield (
             "One seed: the intervals are about other images of the same kind. Another seed may move each accuracy by a "
@@ -215,26 +231,31 @@ def verdict(result: Comparison) -> Iterator[str]:
         )
 
 
-def _does_it_help(best: Entry, reference: Entry, tests: dict[str, tuple[Difference, float]]) -> str:
-    difference, p = tests[best.label]
+def _answer(difference: Difference, p: float) -> str:
     if p >= SIGNIFICANT:
-        answer = "Fusing makes no difference here that could be told from chance: the best coupled network"
-    elif difference.mean > 0:
-        answer = "Fusing helps here: the best coupled network"
-    else:
-        answer = "Fusing does not pay here: even the best coupled network"
-    alone = "the best network alone" if not reference.joins else "the first candidate"
-    return (
-        f"{answer}, {best.label} ({best.top1:.1%}), is {_gap(difference, p, len(tests))} {alone}, {reference.label} "
-        f"({reference.top1:.1%}), {_price(best, reference)}."
-    )
+        return "Fusing makes no difference here that could be told from chance. The best coupled network:"
+    if difference.mean > 0:
+        return "Fusing helps here. The best coupled network:"
+    return "Fusing does not pay here. Even the best coupled network:"
+
+
+def _against(entry: Entry, reference: Entry, tests: dict[str, tuple[Difference, float]]) -> str:
+    """One beside the reference: accuracies over the seeds that both have, the difference, the price."""
+    difference, p = tests[entry.label]
+    own, their = entry.beside(reference), reference.beside(entry)
+    correction = f" after Holm's correction for {len(tests)} comparisons" if len(tests) > 1 else ""
+    side = "above" if difference.mean >= 0 else "below"
+    gap = f"{100 * abs(difference.mean):.1f} ± {100 * difference.half:.1f} points (p {_p(p)}{correction}) {side}"
+    who = "" if reference.joins else "the best network alone, "
+    return f"{entry.label} ({own.top1:.1%}) is {gap} {who}{reference.label} ({their.top1:.1%}), {_price(own, their)}."
 
 
 def _exchange(mid: Entry, joined: Sequence[Entry]) -> Iterator[str]:
     """What exchanging is worth: mid beside late, of the same two networks."""
     if not mid.model.endswith(":mid"):
         return
-    late = next((e for e in joined if e.model == mid.model.removesuffix("mid") + "late"), None)
+    same = (e for e in joined if e.model == f"{mid.model.removesuffix('mid')}late" and e.parts == mid.parts)
+    late = next(same, None)
     if late is not None and (difference := mid.above(late)) is not None:
         yield (
             f"The exchange itself, {mid.label} against {late.label}, where both networks run side by side without any: "
@@ -246,30 +267,33 @@ def _branch_inside(joined: Entry, measured: Sequence[Entry]) -> Iterator[str]:
     """What a branch gains by exchanging: its own head beside the same network trained by itself."""
     if not joined.model.endswith(":mid"):
         return
-    for branch, name in zip(("conv", "tokens"), joined.joins, strict=False):
-        alone = next((e for e in measured if e.model == name and not e.label.endswith("widened")), None)
+    for branch, name, args in zip(("conv", "tokens"), joined.joins, joined.parts, strict=False):
+        alone = next((e for e in measured if e.model == name and e.model_args == args), None)
         if branch in joined.branches and alone is not None:
-            gain = 100 * (joined.branches[branch] - alone.top1)
+            own, their = joined.beside(alone), alone.beside(joined)
+            if not own.outcomes:
+                continue
+            gain = 100 * (own.branches[branch] - their.top1)
             yield (
-                f"In {joined.label} the {branch} branch's own head reaches {joined.branches[branch]:.1%}, "
+                f"In {joined.label} the {branch} branch's own head reaches {own.branches[branch]:.1%}, "
                 f"{abs(gain):.1f} points {'more' if gain >= 0 else 'less'} than {alone.label} trained by itself."
             )
 
 
-def _gap(difference: Difference, p: float, count: int) -> str:
-    correction = f" after Holm's correction for {count} comparisons" if count > 1 else ""
-    side = "above" if difference.mean >= 0 else "below"
-    size = f"{100 * abs(difference.mean):.1f} ± {100 * difference.half:.1f}"
-    return f"{size} points (p {_p(p)}{correction}) {side}"
-
-
 def _price(entry: Entry, reference: Entry) -> str:
     """What it costs in proportion to the reference."""
-    parts = [f"for {entry.cost.macs / max(1, reference.cost.macs):.2g} times the MACs"]
+    parts = [_times(entry.cost.macs / max(1, reference.cost.macs), "MACs")]
     if entry.images_per_second and reference.images_per_second:
-        parts.append(f"{reference.images_per_second / entry.images_per_second:.2g} times the time an image")
+        parts.append(_times(reference.images_per_second / entry.images_per_second, "time an image"))
     minutes = entry.mean(lambda o: o.minutes) / max(1e-9, reference.mean(lambda o: o.minutes))
-    return f"{', '.join(parts)} and {minutes:.2g} times the training time"
+    return f"for {', '.join(parts)} and {_times(minutes, 'training time')}"
+
+
+def _times(ratio: float, what: str) -> str:
+    if not 0.5 < ratio < 2:
+        return f"{ratio:.1f} times the {what}"
+    share = round(100 * abs(ratio - 1))
+    return f"{share} % {'more' if ratio > 1 else 'less'} {what}" if share else f"the same {what}"
 
 
 def _points(difference: Difference) -> str:
@@ -302,7 +326,9 @@ def cells(result: Comparison) -> Iterator[list[str]]:
         difference = "reference" if entry.label == result.reference else ""
         p = ""
         if entry.label in tests:
-            difference, p = _points(tests[entry.label][0]), _p(tests[entry.label][1]).removeprefix("= ")
+            found, corrected = tests[entry.label]
+            few = f" ({found.seeds} of {result.seeds} seeds)" if found.seeds < result.seeds else ""
+            difference, p = _points(found) + few, _p(corrected).removeprefix("= ")
         epochs = sorted({outcome.epochs for outcome in entry.outcomes})
         yield [
             entry.label,
@@ -333,19 +359,29 @@ def branch_cells(result: Comparison) -> Iterator[list[str]]:
         ]
 
 
-def method(result: Comparison) -> list[str]:
+def method(result: Comparison) -> Iterator[str]:
     """How it was measured, in sentences."""
-    return [
+    yield (
         f"Every candidate was trained on the same {result.train_images:,} images of {result.data} in the same order, "
         f"with the recipe '{result.recipe}' and a budget of {result.budget}, once with each seed, and measured on "
-        f"{result.val_images:,} validation images after its last epoch: no epoch was chosen by its accuracy.",
+        f"{result.val_images:,} validation images after its last epoch: no epoch was chosen by its accuracy."
+    )
+    for entry in result.entries:
+        if entry.settings:
+            own = ", ".join(f"{name} {value}" for name, value in entry.settings.items())
+            yield f"{entry.label} had settings of its own: {own}."
+    yield (
         "'top-1' is the mean over the seeds with Student's 95 % interval. Differences are paired by seed and image; "
         "their 95 % intervals cover other seeds and other images of the same kind (of one seed, other images "
-        "alone), and p is corrected after Holm for the number of candidates that are compared with the reference.",
-        "The reference is the best network alone, chosen on these same images, which favours it a little.",
+        "alone). p, unlike the intervals, is corrected after Holm for the number of candidates that are compared."
+    )
+    if not result.entry(result.reference).joins:
+        yield "The reference is the best network alone, chosen on these same images, which favours it a little."
+    yield (
         "MACs are multiply-accumulates of one image; training is counted as three times as many for each image seen. "
-        "images/s is inference as `chiasm predict` does it, in batches of 8, measured in interleaved rounds.",
-    ]
+        "images/s is inference as `chiasm predict` does it, in batches of 8, measured in interleaved rounds."
+    )
+    yield from result.notes
 
 
 def failures(result: Comparison) -> list[str]:
@@ -356,6 +392,10 @@ def failures(result: Comparison) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
+
+
+def _plain_text(label: str) -> str:
+    return label.replace("$", r"\$")  # matplotlib would read it as mathematics
 
 
 def _colour(entry: Entry) -> str:
@@ -373,7 +413,7 @@ def accuracy_figure(result: Comparison) -> Figure:
         axes.plot(values, [place] * len(values), "o", color=_colour(entry), alpha=0.6, markersize=5)
         for (name, value), mark in zip(entry.branches.items(), "^vs", strict=False):
             axes.plot([100 * value], [place], mark, color=MUTED, markersize=5, fillstyle="none", label=f"{name} head")
-    axes.set_yticks(range(len(entries)), [entry.label for entry in entries], fontsize=8)
+    axes.set_yticks(range(len(entries)), [_plain_text(entry.label) for entry in entries], fontsize=8)
     axes.set_ylim(len(entries) - 0.4, -0.6)
     axes.axvline(100 * result.entry(result.reference).top1, color=MUTED, linewidth=0.8, linestyle=":")
     dress(axes, x="val top-1, %: a dot for each seed, a bar for their mean")
@@ -412,7 +452,7 @@ def pareto_figure(result: Comparison) -> Figure:
         dress(axes, title=title, x=unit, y="val top-1, %")
         axes.grid(color=LINE, linewidth=0.6)
         axes.margins(0.12)
-    key = "\n".join(f"{i + 1}  {entry.label}" for i, entry in enumerate(entries))
+    key = "\n".join(f"{i + 1}  {_plain_text(entry.label)}" for i, entry in enumerate(entries))
     drawing.legend(
         handles=[drawing.axes[0].plot([], [], " ", label=key)[0]], loc="outside lower left", frameon=False, fontsize=8,
         labelcolor=INK, handlelength=0, handletextpad=0,
@@ -446,7 +486,7 @@ def curves_figure(result: Comparison) -> Figure:
             linewidth=1.6,
             marker="o",
             markersize=3,
-            label=entry.label,
+            label=_plain_text(entry.label),
         )
         axes.fill_between(
             epochs, [min(v) for v in by_epoch], [max(v) for v in by_epoch], color=colour, alpha=0.12, lw=0
@@ -487,7 +527,12 @@ def markdown(result: Comparison) -> str:
 
 def _markdown_table(headers: Sequence[str], rows: Iterator[list[str]]) -> list[str]:
     ruler = f"|---|{'---:|' * (len(headers) - 1)}"
-    return [f"| {' | '.join(headers)} |", ruler, *(f"| {' | '.join(row)} |" for row in rows)]
+    return [f"| {' | '.join(headers)} |", ruler, *(_markdown_row(row) for row in rows)]
+
+
+def _markdown_row(row: Sequence[str]) -> str:
+    cells = [cell.replace("|", r"\|") for cell in row]
+    return f"| {' | '.join(cells)} |"
 
 
 def comparison_page(result: Comparison) -> Page:

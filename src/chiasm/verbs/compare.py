@@ -68,16 +68,16 @@ def compare(**flags: Any) -> CompareResult:
                 cost = study.costs[candidate.label]
                 size = f"{cost.parameters / 1e6:.2f} M parameters, {cost.macs / 1e6:,.0f} M MACs"
                 console.print(f"{candidate.label}: {size}")
+            for line in study.notes:
+                console.print(line)
             _run_all(study, interrupt, console)
+            _result(study, {})
             console.print("measuring the speed of each")
-            speeds = study.images_per_second()
+            return _result(study, study.images_per_second())
     except InterruptedRunError as error:
         raise InterruptedRunError(
             "stopped; what was trained is saved. To go on, give the same command again.", error.exit_code
         ) from error
-    result = CompareResult(comparison=_comparison(study, speeds), folder=study.folder)
-    _write(result)
-    return result
 
 
 def show(result: CompareResult, config: CompareConfig) -> int:
@@ -143,7 +143,7 @@ def _run_all(study: Study, interrupt: Any, console: Console) -> None:
                     f"{outcome.minutes:.1f} minutes{about}"
                 )
             if trained and number < len(runs) and runs[number][1] > seed:
-                _write(CompareResult(comparison=_comparison(study, {}), folder=study.folder))
+                _result(study, {})
 
 
 @contextmanager
@@ -156,6 +156,13 @@ def _progress(console: Console) -> Iterator[Progress]:
         *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=1800
     ) as progress:
         yield progress
+
+
+def _result(study: Study, speeds: dict[str, float]) -> CompareResult:
+    """What has been found so far, written."""
+    result = CompareResult(comparison=_comparison(study, speeds), folder=study.folder)
+    _write(result)
+    return result
 
 
 def _comparison(study: Study, speeds: dict[str, float]) -> Comparison:
@@ -172,6 +179,7 @@ def _comparison(study: Study, speeds: dict[str, float]) -> Comparison:
                 label=candidate.label,
                 model=candidate.model,
                 model_args=candidate.model_args,
+                settings=candidate.settings,
                 joins=candidate.coupled or own,
                 cost=study.costs[candidate.label],
                 outcomes=tuple(outcomes),
@@ -188,9 +196,10 @@ def _comparison(study: Study, speeds: dict[str, float]) -> Comparison:
         budget=str(study.budget),
         recipe=study.config.recipe,
         seeds=study.config.seeds,
-        machine=machine(choose_device("auto")),
+        machine=machine(choose_device(study.device)),
         command=_command(study.config),
         date=str(date.today()),
+        notes=tuple(study.notes),
     )
 
 
@@ -203,8 +212,6 @@ def _command(config: CompareConfig) -> str:
     for name, value in config.to_dict().items():
         if name in ("out", "format") or value == default[name]:
             continue
-        if name == "data":
-            value = Path(value).name if Path(value).exists() else value
         words.append(f"--{name.replace('_', '-')}")
         words += map(
             str, value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]

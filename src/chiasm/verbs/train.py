@@ -50,5 +50,6 @@ def show(result: TrainResult, config: TrainConfig) -> int:
     if branches:
         console.print(branches)
     console.print(f"{result.seconds / 60:.1f} minutes, {result.images_per_second:.0f} images/s")
-    console.print(f"model  {result.model}\nnext   chiasm evaluate {result.run}")
+    of = "" if config.keep == "best" else f" (epoch {result.epochs})"
+    console.print(f"model  {result.model}{of}\nnext   chiasm evaluate {result.run}")
     return 0
