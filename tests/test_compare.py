@@ -296,9 +296,9 @@ def _entry(label: str, model: str, share: float, *, joins: tuple[str, ...] = (),
 def _comparison(*entries: Entry) -> Comparison:
     alone = [entry for entry in entries if not entry.joins]
     return Comparison(
-        entries=entries, reference=max(alone or entries[:1], key=lambda e: e.top1).label, data="d", train_images=1,
-        val_images=1000, budget="3 epochs", recipe="quick", seeds=3, machine={"processor": "p", "threads": 1, "torch": "t"},
-        command="chiasm compare", date="2026-01-01",
+        entries=entries, reference=max(alone or entries[:1], key=lambda e: e.top1).label, data="d",
+        train_images=1, val_images=1000, budget="3 epochs", recipe="quick", seeds=3,
+        machine={"processor": "p", "threads": 1, "torch": "t"}, command="chiasm compare", date="2026-01-01",
     )  # fmt: skip
 
 
