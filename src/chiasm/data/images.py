@@ -119,6 +119,22 @@ def open_image(source: str | os.PathLike[str] | bytes, *, name: str | None = Non
     return image, name
 
 
+def image_size(path: str) -> tuple[int, int]:
+    """Width and height as `read_image` gives them, from the header alone.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    image, _ = open_image(path)
+    with image:
+        try:
+            turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+        except Exception:  # damaged EXIF is ignored, as in `read_image`
+            turned = False
+        width, height = image.size
+    return (height, width) if turned else (width, height)
+
+
 def to_rgb(image: Image.Image, name: str) -> Tensor:
     """A Pillow image of any mode as (3, H, W) uint8 RGB; see the table on top of this file.
 
