@@ -32,6 +32,10 @@ IGNORE = 255
 _OVERHANG = 1.0
 
 
+class SizeError(ImageError):
+    """An image and its annotation that are of different sizes, so nothing in one can be found in the other."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """One thing that is wrong with an annotation, and what was done about it.
@@ -110,13 +114,13 @@ class ObjectSplit(Split):
         """Image `index` as (3, H, W) uint8 RGB.
 
         Raises:
-            ImageError: when it cannot be read, or is of another size than its annotation says.
+            ImageError: when it cannot be read; `SizeError` when it is of another size than its annotation says.
         """
         image, objects = read_image(self.sources[index]), self._objects[index]
         height, width = image.shape[-2:]
         if (height, width) != (objects.height, objects.width):
             turned = " (the image's EXIF turns it)" if (width, height) == (objects.height, objects.width) else ""
-            raise ImageError(
+            raise SizeError(
                 self.sources[index],
                 f"{width} x {height} pixels, its annotation is for {objects.width} x {objects.height}{turned}; "
                 "annotate it again or mend the sizes.",
@@ -159,15 +163,19 @@ class MapSplit(Split):
         """Image `index` as (3, H, W) uint8 RGB, and its class map (H, W) uint8: classes from 0, or `IGNORE`.
 
         Raises:
-            ImageError: when one of the two cannot be read, or they differ in size.
+            ImageError: when one of the two cannot be read; `SizeError` when they differ in size.
         """
-        image, classes = self.read(index), self.reader.read(self.masks[index])[0]
+        classes = self.reader.read(self.masks[index])[0]
+        return self.check(index, self.read(index), classes), torch.from_numpy(classes)
+
+    def check(self, index: int, image: Tensor, classes: np.ndarray) -> Tensor:
+        """The image, if its class map is of its size; `SizeError` if not."""
         if image.shape[-2:] != classes.shape:
             sizes = [f"{width} x {height}" for height, width in (classes.shape, image.shape[-2:])]
-            raise ImageError(
+            raise SizeError(
                 self.masks[index], f"a mask of {sizes[0]} pixels for an image of {sizes[1]}; export it again."
             )
-        return image, torch.from_numpy(classes)
+        return image
 
     def subset(self, indices: Sequence[int]) -> MapSplit:
         return MapSplit([self.sources[i] for i in indices], [self.masks[i] for i in indices], self.reader)

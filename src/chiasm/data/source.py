@@ -176,8 +176,8 @@ def open_data(
         `AnnotatedData` for every task but 'classify'.
 
     Raises:
-        DataError: a missing path, no images, one class only, an empty class, a class that only val has, data without the
-            annotations of `task`, ...
+        DataError: a missing path, no images, one class only, an empty class, a class that only val has, data that lacks
+            what `task` needs, ...
         UnknownNameError: an unknown kind, name or option, with the nearest that exist.
     """
     if not 0 < val_fraction < 1:
