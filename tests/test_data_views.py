@@ -123,7 +123,7 @@ def test_letterbox_shows_the_whole_image_as_large_as_it_goes(
 ) -> None:
     placement = letterbox(original, canvas)
     for i in (0, 1):
-        assert 0 <= placement.offset[i]
+        assert placement.offset[i] >= 0
         assert placement.offset[i] + placement.resized[i] <= canvas[i]
     assert any(placement.resized[i] == canvas[i] for i in (0, 1))
     corner = torch.tensor([[0.0, 0.0, original[1], original[0]]])

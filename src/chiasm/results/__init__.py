@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from chiasm.results.classification import Classification
+from chiasm.results.detections import Detections
 from chiasm.results.drawing import DRAWN_SIDE
+from chiasm.results.segmentation import Segmentation
 
-__all__ = ["DRAWN_SIDE", "Classification"]
+__all__ = ["DRAWN_SIDE", "Classification", "Detections", "Segmentation"]

@@ -36,14 +36,15 @@ def paint_masks(image: Image.Image, masks: Iterable[np.ndarray], colours: Iterab
     return Image.fromarray(pixels)
 
 
-def paint_map(image: Image.Image, classes: np.ndarray, ignored: int) -> Image.Image:
+def paint_map(image: Image.Image, classes: np.ndarray, ignored: int | None = None) -> Image.Image:
     """A copy of `image` with the class map (H, W) uint8 laid on it; pixels of the value `ignored` stay grey."""
     from PIL import Image
 
     table = np.array([colour_of(label) for label in range(256)], dtype=np.float32)
     pixels = np.array(image.convert("RGB"), dtype=np.float32)
     painted = 0.4 * pixels + 0.6 * table[classes]
-    painted[classes == ignored] = pixels[classes == ignored].mean(axis=1, keepdims=True)
+    if ignored is not None:
+        painted[classes == ignored] = pixels[classes == ignored].mean(axis=1, keepdims=True)
     return Image.fromarray(painted.astype(np.uint8))
 
 
