@@ -531,9 +531,10 @@ def test_what_cannot_be_used_is_refused_in_one_line(case: str, tmp_path: Path) -
     assert "\n" not in str(caught.value)
 
 
-def test_training_a_classifier_on_boxes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", str(coco(tmp_path) / "annotations" / "instances_train2017.json"), "--epochs", "1"]) == 2
-    assert "instances_train2017.json" in capsys.readouterr().err
+@pytest.mark.parametrize("words", [["train"], ["evaluate", "conformer_nano_patch4_32"]])
+def test_a_classifier_on_boxes_is_refused(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, str(coco(tmp_path / "cells"))]) == 2
+    assert "cells: annotated for 'instances', here 'classify' is needed" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------ `chiasm data`
@@ -605,6 +606,27 @@ def test_folders_of_classes_stay_classes(tmp_path: Path) -> None:
     (tmp_path / "notes.json").write_text('{"images": 3}')
     (tmp_path / "notes.txt").write_text("x")
     assert open_data(str(tmp_path)).task == "classify"
+
+
+@pytest.mark.parametrize("task", ["detect", "instances", "segment"])
+def test_the_built_in_images_have_objects(task: str, tmp_path: Path) -> None:
+    data = open_data("scenes:size=32,count=9,val=4", task=task)
+    assert isinstance(data, AnnotatedData)
+    if task == "segment":
+        image, classes = data.maps("val").sample(3)
+        assert classes.shape == image.shape[1:] == (32, 32)
+        assert data.maps("val").subset([3]).sample(0)[1].equal(classes)
+    else:
+        objects = data.objects("val").objects(3)
+        assert len(objects) >= 4
+        assert data.objects("val").subset([3]).objects(0).boxes.equal(objects.boxes)
+        if task == "instances":
+            edges = [mask.nonzero().amin(0).flip(0) for mask in objects.masks()]
+            assert objects.boxes[:, :2].int().tolist() == [edge.tolist() for edge in edges]
+    report = chiasm.check_data(data="scenes:size=32,count=9,val=4", task=task, sheet=str(tmp_path / "s.png"))
+    assert report.ok
+    assert report.images == {"train": 9, "val": 4}
+    assert report.kinds == {"RGB": 13}
 
 
 # ----------------------------------------------------------------------------------------------------------- real data

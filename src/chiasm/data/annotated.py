@@ -218,8 +218,12 @@ def annotated_problems(data: AnnotatedData) -> Iterator[str]:
     """What keeps `data` from being trained on, one line each."""
     if not any(len(split) for split in data.splits.values()):
         yield f"{data.name}: no image with a sound annotation{_first(data.findings)}."
-    elif data.task != "segment" and TRAIN in data.splits and not any(map(len, data.objects(TRAIN)._objects)):
+    elif data.task != "segment" and TRAIN in data.splits and not _has_objects(data.objects(TRAIN)):
         yield f"{data.name}: no training image has an object{_first(data.findings)}; annotate some."
+
+
+def _has_objects(split: ObjectSplit) -> bool:
+    return any(len(split.objects(index)) for index in range(len(split)))
 
 
 def _first(findings: Sequence[Finding]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import cast
@@ -132,9 +133,7 @@ def _look(job: tuple[str, Split, int]) -> tuple[Seen, _Annotation]:
             image = split.check(index, split.read(index), classes)
         else:
             image = split.read(index)
-        opened, _ = open_image(source)
-        with opened:
-            kind = f"{opened.format} {opened.mode}"
+        kind = _kind(source)
     except SizeError as error:
         finding = Finding(
             kind="image and annotation differ in size", source=error.path, what=error.reason, done="left out"
@@ -155,6 +154,14 @@ def _look(job: tuple[str, Split, int]) -> tuple[Seen, _Annotation]:
     height, width = image.shape[-2:]
     told = int.from_bytes(hashlib.sha256(said).digest()[:8], "big")
     return Seen(name, source, told, width, height, kind, digest_of(image)), annotation
+
+
+def _kind(source: str) -> str:
+    if not os.path.isfile(source):
+        return "RGB"  # generated
+    image, _ = open_image(source)
+    with image:
+        return f"{image.format} {image.mode}"
 
 
 def _count(split: ObjectSplit, index: int) -> _Annotation:

@@ -125,10 +125,19 @@ def image_size(path: str) -> tuple[int, int]:
     Raises:
         ImageError: as `open_image`.
     """
-    image, _ = open_image(path)
+    try:
+        with _OPENING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(path, formats=_formats())  # reads the header, not the file
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError
+    except Exception:  # whatever is wrong, this one says it
+        image, _ = open_image(path)
     with image:
         try:
-            turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+            # A PNG is decoded to the end where its EXIF does not stand in front.
+            known = image.format != "PNG" or "exif" in image.info
+            turned = known and image.getexif().get(0x0112) in (5, 6, 7, 8)
         except Exception:  # damaged EXIF is ignored, as in `read_image`
             turned = False
         width, height = image.size

@@ -93,7 +93,7 @@ def open_maps(parts: dict[str, Part], root: Path, ignore_index: int | None) -> A
     binary = False
     if len(names) in (0, 2):
         values = _values(mask for found in pairs.values() for _, mask in found.values())
-        binary = 255 in values and values <= {0, 255}
+        binary = 255 in values and values <= {0, 255} and ignore_index != 255
         if binary:
             names = names or ["background", "object"]
             notes.append(f"{root}: masks of 0 and 255 only; 255 is taken for '{names[1]}'")

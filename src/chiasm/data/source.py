@@ -43,6 +43,7 @@ SPLIT_NAMES = {
 
 _ANNOTATION_FILES = (".json", ".yaml", ".yml")
 _ANNOTATIONS = {
+    "classify": "expected one sub-folder of images per class",
     "detect": "expected COCO JSON, VOC XML or YOLO txt",
     "instances": "expected masks in COCO JSON or polygons in YOLO txt",
     "segment": "expected folders images and masks",
@@ -134,6 +135,15 @@ class ImageData:
         if name not in self.splits:
             raise DataError(f"{self.name}: no split '{name}'; it has {', '.join(self.splits)}.")
         return self.splits[name]
+
+    def need(self, task: str) -> None:
+        """Refuse data that is for another task.
+
+        Raises:
+            DataError: saying what it is for, and what was expected.
+        """
+        if self.task != task:
+            raise DataError(f"{self.name}: annotated for '{self.task}', here '{task}' is needed; {_ANNOTATIONS[task]}.")
 
     def fingerprint(self) -> str:
         """16 hex digits, the same for the same images divided the same way, wherever the folder lies.
@@ -240,11 +250,16 @@ def read_options(text: str, defaults: dict[str, Any] | None = None, *, what: str
 
 def _annotated(spec: str, task: str | None, ignore_index: int | None) -> ImageData | None:
     """The data as boxes, masks or class maps; None when it is classes that are asked for, or found."""
+    kind, _, rest = spec.partition(":")
+    if kind == "scenes" and task not in (None, "classify"):
+        from chiasm.data.scene_objects import open_scene_objects
+
+        return open_scene_objects(rest, task)
     path = Path(spec).expanduser()
     if task == "classify" or not (path.is_dir() or (path.is_file() and path.suffix.lower() in _ANNOTATION_FILES)):
         if task not in (None, "classify") and path.exists():
             raise DataError(f"{spec}: not annotated for --task {task}; {_ANNOTATIONS[task]}.")
-        if task not in (None, "classify") and spec.partition(":")[0] in ("scenes", "torchvision", "hf"):
+        if task not in (None, "classify") and kind in ("torchvision", "hf"):
             raise DataError(f"{spec}: has classes only, not what --task {task} needs; {_ANNOTATIONS[task]}.")
         return None
     from chiasm.data.formats import open_annotated

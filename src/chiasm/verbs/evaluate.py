@@ -126,7 +126,8 @@ def evaluate(**flags: Any) -> EvaluationResult:
             f"{config.model} does not say what it was trained on: give the data, chiasm evaluate MODEL DATA."
         )
     drawn = _split_settings(config, flags, info)
-    data = open_data(spec, task="classify", strict=False, **drawn)
+    data = open_data(spec, strict=False, **drawn)
+    data.need("classify")
     split = _split(data, config.split)
     if not info.trained and not Path(config.model).exists():
         # An architecture's name: random weights know no classes, so let them be the data's.

@@ -115,7 +115,8 @@ def _train(config: TrainConfig, run: RunFolder | None, watch: Any, interrupt: An
             console.print(f"{run.path} is finished: {state.epoch} epochs, nothing left to do.")
             return _result(run, state)
     assert config.data is not None
-    data = open_data(config.data, task="classify", val_fraction=config.val_fraction, seed=config.seed)
+    data = open_data(config.data, val_fraction=config.val_fraction, seed=config.seed)
+    data.need("classify")
     check_data(data)
     seen = data.fingerprint()
     if resume and state.data != seen:
