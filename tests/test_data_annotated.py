@@ -561,7 +561,7 @@ def test_report_of_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 500
     assert verb.show(report, DataConfig(data=str(root))) == 1
     told = capsys.readouterr().out
-    for words in ("cat", "3 objects", "4 images", "empty or inverted box: dropped (1)", "annotation 0", "6 small"):
+    for words in ("cat", "train objects", "empty or inverted box: dropped (1)", "annotation 0", "6 small"):
         assert words in told
     assert verb.show(report, DataConfig(data=str(root), format="json")) == 1
     assert json.loads(capsys.readouterr().out)["findings"][0]["done"] == "dropped"

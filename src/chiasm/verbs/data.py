@@ -129,8 +129,8 @@ def _print_annotations(result: AnnotatedReport, console: Console) -> None:
     table.add_column("class", footer=f"{len(next(iter(result.counts.values())))} classes")
     for split, count in result.images.items():
         total = sum(result.amounts[split].values())
-        table.add_column(split, justify="right", footer=f"{total:,} {'pixels' if maps else 'objects'}")
-        table.add_column("in images", justify="right", footer=f"{count:,} images")
+        table.add_column(f"{split} {'pixels' if maps else 'objects'}", justify="right", footer=f"{total:,}")
+        table.add_column("in images", justify="right", footer=f"{count:,}")
     for name in next(iter(result.counts.values())):
         cells = []
         for split in result.images:
