@@ -125,6 +125,7 @@ def image_size(path: str) -> tuple[int, int]:
     Raises:
         ImageError: as `open_image`.
     """
+    image: Image.Image
     try:
         with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
