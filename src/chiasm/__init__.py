@@ -28,6 +28,8 @@ _PUBLIC = {
     "demo": "chiasm.verbs.demo",
     "ChiasmError": "chiasm.errors",
     "Classification": "chiasm.results",
+    "Detections": "chiasm.results",
+    "Segmentation": "chiasm.results",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -303,7 +303,13 @@ class PredictConfig(Config):
 class DataConfig(Config):
     """Check a data set before training: counts, sizes, broken files, duplicates; with a contact sheet."""
 
-    data: str = _positional(_DATA)
+    data: str = _positional(f"{_DATA}; or COCO, VOC, YOLO, or folders of images and masks")
+    task: Literal["auto", "classify", "detect", "instances", "segment"] = _flag(
+        "auto", "what the data is for; auto: what it is annotated for"
+    )
+    ignore_index: int | None = _flag(
+        None, "value of masks without a class; default: of a class unlabelled, void, ignore"
+    )
     val_fraction: float = _flag(0.2, "share held out, per class and seeded, where the data has no val split")
     seed: int = _flag(0, "seed of the split and of the contact sheet")
     sheet: str | None = _flag("contact-sheet.png", "where the contact sheet goes; 'none' for no picture")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -21,8 +21,10 @@ from chiasm.data.machine import cores
 from chiasm.data.source import TRAIN, ImageData, Split
 from chiasm.errors import ImageError
 
+T = TypeVar("T")
+
 # From here on a note is made: the largest class is this many times the smallest; a class has fewer training images.
-_IMBALANCE, _FEW = 10, 10
+_IMBALANCE, FEW = 10, 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ class DataReport:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """One image, as far as it matters here."""
 
     split: str
@@ -95,6 +97,11 @@ def inspect_data(data: ImageData, *, workers: int | None = None) -> DataReport:
         data: from `open_data(..., strict=False)`.
         workers: threads; default: one per core.
     """
+    return _report(data, look_at_all(data, _look, workers))
+
+
+def look_at_all(data: ImageData, look: Callable[[tuple[str, Split, int]], T], workers: int | None) -> list[T]:
+    """What `look` says of (split's name, split, index) of every image, in threads, with a progress bar."""
     from rich.console import Console
     from rich.progress import track
 
@@ -103,24 +110,29 @@ def inspect_data(data: ImageData, *, workers: int | None = None) -> DataReport:
     chunk = 16 * count
     console = Console(stderr=True)
     starts = range(0, len(jobs), chunk)
-    seen: list[_Seen] = []
+    seen: list[T] = []
     with ThreadPoolExecutor(count) as pool:
         for start in track(starts, "checking", console=console, transient=True, disable=not console.is_terminal):
-            seen += pool.map(_look, jobs[start : start + chunk])
-    return _report(data, seen)
+            seen += pool.map(look, jobs[start : start + chunk])
+    return seen
 
 
-def _look(job: tuple[str, Split, int]) -> _Seen:
+def _look(job: tuple[str, Split, int]) -> Seen:
     name, split, index = job
     source, label = split.sources[index], split.labels[index]
     try:
         kind, image = _read(split, index)
     except ImageError as error:
-        return _Seen(name, source, label, reason=error.reason)
+        return Seen(name, source, label, reason=error.reason)
     height, width = image.shape[-2:]
-    digest = hashlib.sha256(f"{width}x{height}".encode())
+    return Seen(name, source, label, width, height, kind, digest_of(image))
+
+
+def digest_of(image: Tensor) -> bytes:
+    """What equal images have in common: SHA-256 of the size and the pixels of (3, H, W) uint8."""
+    digest = hashlib.sha256(f"{image.shape[-1]}x{image.shape[-2]}".encode())
     digest.update(image.numpy().data)
-    return _Seen(name, source, label, width, height, kind, digest.digest())
+    return digest.digest()
 
 
 def _read(split: Split, index: int) -> tuple[str, Tensor]:
@@ -131,33 +143,33 @@ def _read(split: Split, index: int) -> tuple[str, Tensor]:
         return f"{image.format} {image.mode}", to_rgb(image, name)
 
 
-def _report(data: ImageData, seen: Sequence[_Seen]) -> DataReport:
+def _report(data: ImageData, seen: Sequence[Seen]) -> DataReport:
     sound = [image for image in seen if not image.reason]
     broken = {image.source: image.reason for image in seen if image.reason}
     counts = {
         name: {label: Counter(split.labels)[i] for i, label in enumerate(data.classes)}
         for name, split in data.splits.items()
     }
-    across, within, conflicts = _duplicates(sound)
+    across, within, conflicts = find_duplicates(sound)
     problems, notes = list(data.problems), list(data.notes)
     if broken:
-        problems.append(f"{_many(len(broken), 'file')} cannot be read: replace or remove {_them(len(broken))}.")
+        problems.append(f"{many(len(broken), 'file')} cannot be read: replace or remove {them(len(broken))}.")
     if across:
         problems.append(
-            f"{_many(len(across), 'image')} in more than one split: validation would measure memory; "
+            f"{many(len(across), 'image')} in more than one split: validation would measure memory; "
             "remove the copies from one side."
         )
     if conflicts:
         problems.append(
-            f"{_many(len(conflicts), 'image')} with different labels in different places: keep the right one."
+            f"{many(len(conflicts), 'image')} with different labels in different places: keep the right one."
         )
     if within:
-        notes.append(f"{_many(len(within), 'image')} more than once in the same class: they weigh double")
+        notes.append(f"{many(len(within), 'image')} more than once in the same class: they weigh double")
     notes += _balance_notes(data, counts)
     return DataReport(
         name=data.name,
         counts=counts,
-        sizes=_sizes(sound),
+        sizes=sizes_of(sound),
         kinds=dict(Counter(image.kind for image in sound).most_common()),
         broken=broken,
         across=across,
@@ -168,9 +180,9 @@ def _report(data: ImageData, seen: Sequence[_Seen]) -> DataReport:
     )
 
 
-def _duplicates(sound: Sequence[_Seen]) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
+def find_duplicates(sound: Sequence[Seen]) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
     """Groups of equal images: in several splits; in one split and class; with different labels (also counted above)."""
-    groups: dict[bytes, list[_Seen]] = defaultdict(list)
+    groups: dict[bytes, list[Seen]] = defaultdict(list)
     for image in sound:
         groups[image.digest].append(image)
     across, within, conflicts = [], [], []
@@ -189,7 +201,8 @@ def _duplicates(sound: Sequence[_Seen]) -> tuple[list[list[str]], list[list[str]
     return across, within, conflicts
 
 
-def _sizes(sound: Sequence[_Seen]) -> Sizes | None:
+def sizes_of(sound: Sequence[Seen]) -> Sizes | None:
+    """Of readable images; None when there is none."""
     if not sound:
         return None
     by_area = sorted((image.width * image.height, image.width, image.height) for image in sound)
@@ -210,8 +223,8 @@ def _balance_notes(data: ImageData, counts: dict[str, dict[str, int]]) -> list[s
             f"'{most}' has {train[most]} training images and '{least}' {train[least]}; "
             "consider --class-weights balanced"
         )
-    if few := [name for name, count in train.items() if count < _FEW]:
-        notes.append(f"fewer than {_FEW} training images: {', '.join(few[:10])}{' ...' if len(few) > 10 else ''}")
+    if few := [name for name, count in train.items() if count < FEW]:
+        notes.append(f"fewer than {FEW} training images: {', '.join(few[:10])}{' ...' if len(few) > 10 else ''}")
     for split, of_class in counts.items():
         missing = [name for name in train if not of_class[name]]
         if missing and split != TRAIN:
@@ -219,9 +232,11 @@ def _balance_notes(data: ImageData, counts: dict[str, dict[str, int]]) -> list[s
     return notes
 
 
-def _many(count: int, noun: str) -> str:
+def many(count: int, noun: str) -> str:
+    """A count with its noun."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _them(count: int) -> str:
+def them(count: int) -> str:
+    """It or them."""
     return "it" if count == 1 else "them"

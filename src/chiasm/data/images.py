@@ -119,6 +119,32 @@ def open_image(source: str | os.PathLike[str] | bytes, *, name: str | None = Non
     return image, name
 
 
+def image_size(path: str) -> tuple[int, int]:
+    """Width and height as `read_image` gives them, from the header alone.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    image: Image.Image
+    try:
+        with _OPENING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(path, formats=_formats())  # reads the header, not the file
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError
+    except Exception:  # whatever is wrong, this one says it
+        image, _ = open_image(path)
+    with image:
+        try:
+            # A PNG is decoded to the end where its EXIF does not stand in front.
+            known = image.format != "PNG" or "exif" in image.info
+            turned = known and image.getexif().get(0x0112) in (5, 6, 7, 8)
+        except Exception:  # damaged EXIF is ignored, as in `read_image`
+            turned = False
+        width, height = image.size
+    return (height, width) if turned else (width, height)
+
+
 def to_rgb(image: Image.Image, name: str) -> Tensor:
     """A Pillow image of any mode as (3, H, W) uint8 RGB; see the table on top of this file.
 

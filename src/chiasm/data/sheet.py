@@ -45,6 +45,15 @@ def write_sheet(data: ImageData, path: str | Path, *, seed: int = 0) -> Path:
         pen.text((_MARGIN, top + 6 + 20 * len(lines)), text, fill=_FAINT, font=_font(12))
         for column, thumbnail in enumerate(_thumbnails(data, row, across, seed)):
             sheet.paste(thumbnail, (_MARGIN + _LEFT + column * (_SIDE + _GAP), top))
+    return save_sheet(sheet, path)
+
+
+def save_sheet(sheet: Image.Image, path: str | Path) -> Path:
+    """Write the picture as PNG.
+
+    Raises:
+        DataError: when the file cannot be written.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,9 @@ photos.csv                         columns path,label[,split]                   
 scenes[:key=value,...]             built-in generated images, no network                                (scenes.py)
 torchvision:NAME[:key=value,...]   a public set through torchvision.datasets                               (hub.py)
 hf:NAME                            a data set of the HF hub, or a local folder of one                      (hub.py)
+
+A folder may also hold boxes, masks or class maps; see formats.py for which kinds are known, and annotated.py for what
+opening them returns.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from torch import Tensor
 from chiasm.errors import DataError, UnknownNameError
 
 TRAIN, VAL, TEST = "train", "val", "test"
+TASKS = ("classify", "detect", "instances", "segment")
 
 # Every name that is understood for a split, as a folder or in a column.
 SPLIT_NAMES = {
@@ -34,6 +38,15 @@ SPLIT_NAMES = {
     "validation": VAL,
     "test": TEST,
     "testing": TEST,
+}
+
+
+_ANNOTATION_FILES = (".json", ".yaml", ".yml")
+_ANNOTATIONS = {
+    "classify": "expected one sub-folder of images per class",
+    "detect": "expected COCO JSON, VOC XML or YOLO txt",
+    "instances": "expected masks in COCO JSON or polygons in YOLO txt",
+    "segment": "expected folders images and masks",
 }
 
 
@@ -49,7 +62,7 @@ class Split:
     labels: list[int]
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.sources)
 
     def read(self, index: int) -> Tensor:
         """Image `index` as (3, H, W) uint8 RGB.
@@ -103,13 +116,15 @@ class ImageData:
         splits: by name; the usual ones are 'train', 'val' and 'test'.
         notes: what a person should know but need not act on.
         problems: what must be mended before training; `open_data` raises the first unless told otherwise.
+        task: what the data is for: 'classify', or one of those in annotated.py.
     """
 
     name: str
     classes: tuple[str, ...]
-    splits: dict[str, Split]
+    splits: Mapping[str, Split]
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = field(default=())
+    task: str = "classify"
 
     def split(self, name: str) -> Split:
         """The split of that name.
@@ -120,6 +135,15 @@ class ImageData:
         if name not in self.splits:
             raise DataError(f"{self.name}: no split '{name}'; it has {', '.join(self.splits)}.")
         return self.splits[name]
+
+    def need(self, task: str) -> None:
+        """Refuse data that is for another task.
+
+        Raises:
+            DataError: saying what it is for, and what was expected.
+        """
+        if self.task != task:
+            raise DataError(f"{self.name}: annotated for '{self.task}', here '{task}' is needed; {_ANNOTATIONS[task]}.")
 
     def fingerprint(self) -> str:
         """16 hex digits, the same for the same images divided the same way, wherever the folder lies.
@@ -134,31 +158,50 @@ class ImageData:
         return digest.hexdigest()[:16]
 
 
-def open_data(spec: str, *, val_fraction: float = 0.2, seed: int = 0, strict: bool = True) -> ImageData:
+def open_data(
+    spec: str,
+    *,
+    task: str | None = None,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    ignore_index: int | None = None,
+    strict: bool = True,
+) -> ImageData:
     """Open a data set; no image is decoded yet, and nothing is downloaded but what `torchvision:` and `hf:` ask for.
 
     Where there is a train split but no val split, val is split off from train: `val_fraction` of each class, drawn
-    with `seed`. A test split is left alone.
+    with `seed`. A test split is left alone. Images with objects are divided by the rarest class in each, class maps
+    without regard to classes.
 
     Args:
         spec: see the top of this file.
+        task: 'classify', 'detect', 'instances' or 'segment'; None for what the data is annotated for.
         val_fraction: 0..1, without the ends.
         seed: of the split.
+        ignore_index: the value of class maps that no class is known of; default: that of a class called unlabelled,
+            void or ignore.
         strict: raise the first of the data's problems; `chiasm data` looks at them all instead.
 
+    Returns:
+        `AnnotatedData` for every task but 'classify'.
+
     Raises:
-        DataError: a missing path, no images, one class only, an empty class, a class that only val has, ...
+        DataError: a missing path, no images, one class only, an empty class, a class that only val has, data that lacks
+            what `task` needs, ...
         UnknownNameError: an unknown kind, name or option, with the nearest that exist.
     """
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction is {val_fraction}; expected a share between 0 and 1, such as 0.2.")
-    data = _dispatch(str(spec))
+    if task is not None and task not in TASKS:
+        raise UnknownNameError("task", task, TASKS, f"It is one of {', '.join(TASKS)}.")
+    data = _annotated(str(spec), task, ignore_index) or _dispatch(str(spec))
     if VAL not in data.splits and TRAIN in data.splits:
         train, val = hold_out(data.splits[TRAIN], val_fraction, seed)
         others = {name: split for name, split in data.splits.items() if name != TRAIN}
-        note = f"val was split off from train: {val_fraction:.0%} of each class, seed {seed}"
+        share = f"{val_fraction:.0%} of {'each class' if data.task == 'classify' else 'the images'}"
+        note = f"val was split off from train: {share}, seed {seed}"
         data = replace(data, splits={TRAIN: train, VAL: val, **others}, notes=(*data.notes, note))
-    data = replace(data, problems=(*data.problems, *_class_problems(data)))
+    data = replace(data, problems=(*data.problems, *_problems(data)))
     if strict and data.problems:
         raise DataError(data.problems[0])
     return data
@@ -205,6 +248,28 @@ def read_options(text: str, defaults: dict[str, Any] | None = None, *, what: str
     return {**(defaults or {}), **options}
 
 
+def _annotated(spec: str, task: str | None, ignore_index: int | None) -> ImageData | None:
+    """The data as boxes, masks or class maps; None when it is classes that are asked for, or found."""
+    kind, _, rest = spec.partition(":")
+    if kind == "scenes" and task not in (None, "classify"):
+        from chiasm.data.scene_objects import open_scene_objects
+
+        return open_scene_objects(rest, task)
+    path = Path(spec).expanduser()
+    if task == "classify" or not (path.is_dir() or (path.is_file() and path.suffix.lower() in _ANNOTATION_FILES)):
+        if task not in (None, "classify") and path.exists():
+            raise DataError(f"{spec}: not annotated for --task {task}; {_ANNOTATIONS[task]}.")
+        if task not in (None, "classify") and kind in ("torchvision", "hf"):
+            raise DataError(f"{spec}: has classes only, not what --task {task} needs; {_ANNOTATIONS[task]}.")
+        return None
+    from chiasm.data.formats import open_annotated
+
+    data = open_annotated(path, task, ignore_index)
+    if data is None and task is not None:
+        raise DataError(f"{spec}: not annotated for --task {task}; {_ANNOTATIONS[task]}.")
+    return data
+
+
 def _dispatch(spec: str) -> ImageData:
     # Imports are here so that one kind of data does not load the libraries of the others.
     kind, _, rest = spec.partition(":")
@@ -249,6 +314,12 @@ def _missing(spec: str, path: Path) -> DataError:
         f"{spec}: no such folder or file{suggestion} Data is a folder of images, a CSV, "
         "scenes, torchvision:NAME or hf:NAME."
     )
+
+
+def _problems(data: ImageData) -> Iterator[str]:
+    from chiasm.data.annotated import AnnotatedData, annotated_problems
+
+    return annotated_problems(data) if isinstance(data, AnnotatedData) else _class_problems(data)
 
 
 def _class_problems(data: ImageData) -> Iterator[str]:

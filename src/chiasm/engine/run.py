@@ -95,6 +95,7 @@ def run_training(
             return _result(run, state)
     assert config.data is not None
     data = open_data(config.data, val_fraction=config.val_fraction, seed=config.seed)
+    data.need("classify")
     check_data(data)
     seen = data.fingerprint()
     if resume and state.data != seen:

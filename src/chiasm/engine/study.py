@@ -201,6 +201,7 @@ class Study:
         if len(self.candidates) < 2:
             raise ChiasmError("--models: there is nothing to compare; name two candidates or more.")
         self.data = self._open(0)
+        self.data.need("classify")
         check_data(self.data)
         self.train_images, self.val_images = len(self.data.splits["train"]), len(self.data.splits["val"])
         self.folder = Path(config.out or f"runs/compare-{_slug(self.data.name)}")

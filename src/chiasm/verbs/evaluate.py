@@ -127,6 +127,7 @@ def evaluate(**flags: Any) -> EvaluationResult:
         )
     drawn = _split_settings(config, flags, info)
     data = open_data(spec, strict=False, **drawn)
+    data.need("classify")
     split = _split(data, config.split)
     if not info.trained and not Path(config.model).exists():
         # An architecture's name: random weights know no classes, so let them be the data's.

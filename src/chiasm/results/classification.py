@@ -1,23 +1,16 @@
-"""What a model says of an image, typed: validated, printable as JSON, drawable.
-
-The pictures are made with Pillow so that prediction needs neither matplotlib nor the training code.
-"""
+"""The classes of one image: validated, printable as JSON, drawable."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from PIL import Image, ImageFont
+from chiasm.results.drawing import DRAWN_WIDTH, fit, font_for, shorten
 
-# Drawn pictures: their longest side at most, and the width that text needs at least, in pixels.
-DRAWN_SIDE, DRAWN_WIDTH = 1600, 280
-# Fonts tried in this order when a label has letters that Pillow's own font lacks; missing ones are passed over.
-FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "NotoSans-Regular.ttf")
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +88,7 @@ class Classification:
         """
         from PIL import Image, ImageDraw
 
-        picture = _fit(image.convert("RGB"))
+        picture = fit(image.convert("RGB"))
         width = max(picture.width, DRAWN_WIDTH)
         size = max(13, width // 32)
         rows: list[tuple[str, str, float | None]] = [
@@ -115,56 +108,10 @@ class Classification:
                 box = (margin, top_edge, margin + round(inner * share), top_edge + step - 4)
                 pen.rectangle(box, fill="#bcd9ee" if row == 0 else "#e3e8ec")
             baseline = top_edge + (step - 4) // 2
-            number_font = _font(size, number)
+            number_font = font_for(size, number)
             room = inner - 2 * margin - pen.textlength(number, font=number_font)
-            font = _font(size, text)
+            font = font_for(size, text)
             colour = "black" if share is not None else "#b34700" if self.agreement is False else "#444444"
-            pen.text((2 * margin, baseline), _shorten(text, font, room), fill=colour, font=font, anchor="lm")
+            pen.text((2 * margin, baseline), shorten(text, font, room), fill=colour, font=font, anchor="lm")
             pen.text((width - 2 * margin, baseline), number, fill="black", font=number_font, anchor="rm")
         return canvas
-
-
-def _fit(image: Image.Image) -> Image.Image:
-    """The image at a size that can be looked at: at most `DRAWN_SIDE`, tiny ones enlarged without blurring."""
-    from PIL import Image
-
-    longest = max(image.size)
-    if longest > DRAWN_SIDE:
-        scale = DRAWN_SIDE / longest
-        return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-    factor = max(1, DRAWN_WIDTH // longest)
-    return image.resize([side * factor for side in image.size], Image.Resampling.NEAREST)
-
-
-@lru_cache(maxsize=64)
-def _font(size: int, text: str) -> Any:
-    """Pillow's own font, or the first of `FONTS` here that has every letter of `text`."""
-    from PIL import ImageFont
-
-    own = ImageFont.load_default(size=size)
-    if text.isascii() or not isinstance(own, ImageFont.FreeTypeFont):
-        return own
-    for name in FONTS:
-        try:
-            font = ImageFont.truetype(name, size)
-        except OSError:
-            continue
-        if _has_letters(font, text):
-            return font
-    return own
-
-
-def _has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
-    """Whether no letter is drawn as the font's 'missing' box."""
-    missing = bytes(font.getmask("\U0010ffff"))
-    return all(bytes(font.getmask(letter)) != missing for letter in set(text) if not letter.isspace())
-
-
-def _shorten(text: str, font: Any, room: float) -> str:
-    """`text` on one line, cut with '...' where it is wider than `room` pixels."""
-    text = " ".join(text.split())
-    if font.getlength(text) <= room:
-        return text
-    while text and font.getlength(text + "...") > room:
-        text = text[:-1]
-    return text + "..."

@@ -1,0 +1,45 @@
+"""Which kind of annotation a folder or file holds: COCO, VOC, YOLO, or masks; in that order where there are several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chiasm.data.annotated import AnnotatedData, Finding
+from chiasm.data.coco import find_coco, open_coco, split_of
+from chiasm.data.maps import find_maps, open_maps
+from chiasm.data.voc import find_voc, open_voc
+from chiasm.data.yolo import find_yolo, open_yolo, read_yaml
+from chiasm.errors import DataError
+
+
+def open_annotated(path: Path, task: str | None, ignore_index: int | None) -> AnnotatedData | None:
+    """The annotations at `path` as data; None when there are none that `task` can use.
+
+    Args:
+        path: a folder, a COCO JSON or a data.yaml of YOLO's.
+        task: 'detect', 'instances', 'segment', or None for what is there.
+        ignore_index: of masks: the value that no class is known of.
+
+    Raises:
+        DataError: when an annotation file cannot be understood.
+    """
+    findings: list[Finding] = []
+    if path.is_file():
+        if task == "segment":
+            return None
+        if path.suffix.lower() == ".json":
+            return open_coco({split_of(path): path}, path.parent, task)
+        pairs, names = read_yaml(path, None, findings)
+        return open_yolo(pairs, names, path.parent, task, findings)
+    if task != "segment":
+        if coco := find_coco(path):
+            return open_coco(coco, path, task)
+        if voc := find_voc(path):
+            if task == "instances":
+                raise DataError(f"{path}: VOC boxes without masks; take --task detect.")
+            return open_voc(voc, path)
+        if yolo := find_yolo(path, findings):
+            return open_yolo(*yolo, path, task, findings)
+    if task in (None, "segment") and (maps := find_maps(path)):
+        return open_maps(maps, path, ignore_index)
+    return None

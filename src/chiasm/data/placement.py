@@ -1,0 +1,114 @@
+"""Where an image lies in the network's input, and the way back: what is found there, told in original pixels.
+
+An image is resized, perhaps mirrored, and laid on a canvas; where it is larger than the canvas it is cut off:
+
+    original (H, W)  ->  resized (h, w)  ->  mirrored or not  ->  moved by offset (top, left) on canvas (height, width)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """See the top of this file; all in pixels.
+
+    Attributes:
+        original: height and width of the image.
+        resized: height and width it is given.
+        offset: top and left of the resized image on the canvas; negative where it is cut off.
+        canvas: height and width of the network's input.
+        mirrored: left and right exchanged, after resizing.
+    """
+
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    offset: tuple[int, int]
+    canvas: tuple[int, int]
+    mirrored: bool = False
+
+    def to_canvas(self, boxes: Tensor) -> Tensor:
+        """Boxes (N, 4), left, top, right, bottom in original pixels, as they lie on the canvas; not cut off."""
+        x, y = boxes[:, 0::2] * self._scale[1], boxes[:, 1::2] * self._scale[0]
+        if self.mirrored:
+            x = (self.resized[1] - x).flip(1)
+        x, y = x + self.offset[1], y + self.offset[0]
+        return torch.stack((x[:, 0], y[:, 0], x[:, 1], y[:, 1]), dim=1)
+
+    def to_original(self, boxes: Tensor) -> Tensor:
+        """Boxes (N, 4) on the canvas in original pixels, clipped to the image."""
+        x, y = boxes[:, 0::2] - self.offset[1], boxes[:, 1::2] - self.offset[0]
+        if self.mirrored:
+            x = (self.resized[1] - x).flip(1)
+        x = (x / self._scale[1]).clamp(0, self.original[1])
+        y = (y / self._scale[0]).clamp(0, self.original[0])
+        return torch.stack((x[:, 0], y[:, 0], x[:, 1], y[:, 1]), dim=1)
+
+    def map_to_original(self, maps: Tensor) -> Tensor:
+        """Maps (N, height, width) of the canvas at the image's size, (N, H, W); 0 where the image was cut off.
+
+        Floats are interpolated; masks and classes take the nearest pixel.
+        """
+        maps = F.crop(maps, *self.offset, *self.resized)
+        if self.mirrored:
+            maps = maps.flip(-1)
+        way = InterpolationMode.BILINEAR if maps.is_floating_point() else InterpolationMode.NEAREST_EXACT
+        return F.resize(maps, list(self.original), interpolation=way, antialias=maps.is_floating_point())
+
+    @property
+    def _scale(self) -> tuple[float, float]:
+        return self.resized[0] / self.original[0], self.resized[1] / self.original[1]
+
+    def place(self, image: Tensor, fill: Sequence[float] | float = 0) -> Tensor:
+        """An image or one of torchvision's tv_tensors (boxes, masks) of the original, laid on the canvas.
+
+        Boxes are cut off at its edges, and may be empty then; masks and class maps keep their values.
+
+        Args:
+            image: (C, H, W), or BoundingBoxes, or Mask.
+            fill: the value, one or per channel, where there is no image.
+        """
+        (top, left), (height, width) = self.offset, self.canvas
+        image = F.resize(image, list(self.resized), antialias=True)
+        if self.mirrored:
+            image = F.horizontal_flip(image)
+        right, bottom = width - left - self.resized[1], height - top - self.resized[0]
+        image = F.pad(image, [max(side, 0) for side in (left, top, right, bottom)], fill=fill)
+        return F.crop(image, max(-top, 0), max(-left, 0), height, width)
+
+
+def letterbox(original: tuple[int, int], canvas: tuple[int, int]) -> Placement:
+    """The whole image, as large as fits the canvas, in its middle."""
+    scale = min(canvas[0] / original[0], canvas[1] / original[1])
+    resized = _scaled(original, scale, at_most=canvas)
+    offset = ((canvas[0] - resized[0]) // 2, (canvas[1] - resized[1]) // 2)
+    return Placement(original=original, resized=resized, offset=offset, canvas=canvas)
+
+
+def jitter(original: tuple[int, int], canvas: tuple[int, int], *, scale: tuple[float, float], flip: float) -> Placement:
+    """The image at a random size and place, mirrored or not; random numbers come from torch's global generator.
+
+    Args:
+        original, canvas: height and width.
+        scale: least and most, over the size that just fits the canvas.
+        flip: probability of mirroring.
+    """
+    factor = scale[0] + (scale[1] - scale[0]) * float(torch.rand(()))
+    resized = _scaled(original, factor * min(canvas[0] / original[0], canvas[1] / original[1]))
+    spare = [canvas[i] - resized[i] for i in (0, 1)]
+    top, left = (min(s, 0) + int(torch.randint(abs(s) + 1, ())) for s in spare)
+    mirrored = bool(torch.rand(()) < flip)
+    return Placement(original=original, resized=resized, offset=(top, left), canvas=canvas, mirrored=mirrored)
+
+
+def _scaled(size: tuple[int, int], factor: float, at_most: tuple[int, int] = (2**31, 2**31)) -> tuple[int, int]:
+    """No side below one pixel."""
+    height, width = (min(max(1, round(side * factor)), most) for side, most in zip(size, at_most, strict=True))
+    return height, width

@@ -1,0 +1,190 @@
+"""Boxes, masks and maps move with their image, and come back to where they were in original pixels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision import tv_tensors
+
+from chiasm.config import Preprocess
+from chiasm.data.annotated import IGNORE, Objects
+from chiasm.data.placement import Placement, jitter, letterbox
+from chiasm.data.views import Viewer
+from chiasm.errors import ChiasmError
+
+side = st.integers(2, 60)
+sizes = st.tuples(side, side)
+few = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def placements(draw: st.DrawFn, whole: bool = False) -> Placement:
+    """Any placement, or one with the whole image on the canvas."""
+    original, canvas = draw(sizes), draw(sizes)
+    if whole:
+        resized = draw(st.tuples(st.integers(1, canvas[0]), st.integers(1, canvas[1])))
+        offset = tuple(draw(st.integers(0, canvas[i] - resized[i])) for i in (0, 1))
+    else:
+        resized, offset = draw(sizes), (draw(st.integers(-20, 20)), draw(st.integers(-20, 20)))
+    mirrored = draw(st.booleans())
+    return Placement(original=original, resized=resized, offset=offset, canvas=canvas, mirrored=mirrored)
+
+
+@st.composite
+def boxes_in(draw: st.DrawFn, size: tuple[int, int]) -> Tensor:
+    count = draw(st.integers(0, 4))
+    share = st.floats(0, 1, width=32)
+    corners = torch.tensor([[draw(share) for _ in range(4)] for _ in range(count)]).reshape(-1, 2, 2)
+    corners = corners.sort(dim=1).values * torch.tensor([size[1], size[0]])
+    return corners.reshape(-1, 4)
+
+
+def of_objects(boxes: Tensor, size: tuple[int, int]) -> Objects:
+    """Objects whose masks are their boxes, which have whole numbers for corners."""
+    left, top, right, bottom = boxes.T
+    polygons = [[[a, b, c, b, c, d, a, d]] for a, b, c, d in zip(*(v.tolist() for v in boxes.T), strict=True)]
+    return Objects(
+        image_id=1,
+        height=size[0],
+        width=size[1],
+        boxes=boxes,
+        labels=torch.arange(len(boxes)),
+        crowd=torch.zeros(len(boxes), dtype=torch.bool),
+        areas=(right - left) * (bottom - top),
+        outlines=tuple(polygons),
+    )
+
+
+@few
+@given(st.data())
+def test_boxes_come_back(data: st.DataObject) -> None:
+    placement = data.draw(placements())
+    boxes = data.draw(boxes_in(placement.original))
+    there = placement.to_canvas(boxes)
+    assert (there[:, 2:] >= there[:, :2] - 1e-4).all()
+    assert torch.allclose(placement.to_original(there), boxes, atol=1e-2)
+
+
+@few
+@given(st.data())
+def test_torchvision_moves_boxes_as_the_formula_says(data: st.DataObject) -> None:
+    placement = data.draw(placements(whole=True))
+    boxes = data.draw(boxes_in(placement.original))
+    moved = placement.place(tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=placement.original))
+    assert tuple(moved.canvas_size) == placement.canvas
+    assert torch.allclose(moved.as_subclass(Tensor), placement.to_canvas(boxes), atol=1e-3)
+
+
+@few
+@given(placements())
+def test_pixels_go_where_boxes_go(placement: Placement) -> None:
+    """Every class of a map that is still on the canvas lies within the box it was moved to, but for rounding."""
+    height, width = placement.original
+    classes = torch.zeros(1, height, width, dtype=torch.uint8)
+    classes[0, height // 2 :, : max(width // 3, 1)] = 1
+    box = placement.to_canvas(torch.tensor([[0.0, height // 2, max(width // 3, 1), height]]))[0]
+    placed = placement.place(tv_tensors.Mask(classes), IGNORE)[0]
+    assert placed.shape == placement.canvas
+    assert set(placed.unique().tolist()) <= {0, 1, IGNORE}
+    rows, columns = (placed == 1).nonzero(as_tuple=True)
+    if len(rows):
+        assert box[0] - 1 <= columns.min()
+        assert columns.max() + 1 <= box[2] + 1
+        assert box[1] - 1 <= rows.min()
+        assert rows.max() + 1 <= box[3] + 1
+
+
+@few
+@given(sizes, st.integers(1, 3), st.booleans(), st.integers(0, 5), st.integers(0, 5))
+def test_maps_come_back_exactly_when_enlarged_by_whole_numbers(
+    size: tuple[int, int], factor: int, mirrored: bool, top: int, left: int
+) -> None:
+    classes = torch.randint(0, 7, (1, *size), dtype=torch.uint8)
+    resized = (factor * size[0], factor * size[1])
+    placement = Placement(
+        original=size,
+        resized=resized,
+        offset=(top, left),
+        canvas=(resized[0] + 5, resized[1] + 5),
+        mirrored=mirrored,
+    )
+    there = placement.place(tv_tensors.Mask(classes), IGNORE).as_subclass(Tensor)
+    assert torch.equal(placement.map_to_original(there), classes)
+    assert int((there == IGNORE).sum()) == there.numel() - resized[0] * resized[1]
+
+
+@few
+@given(sizes, sizes)
+def test_letterbox_shows_the_whole_image_as_large_as_it_goes(
+    original: tuple[int, int], canvas: tuple[int, int]
+) -> None:
+    placement = letterbox(original, canvas)
+    for i in (0, 1):
+        assert placement.offset[i] >= 0
+        assert placement.offset[i] + placement.resized[i] <= canvas[i]
+    assert any(placement.resized[i] == canvas[i] for i in (0, 1))
+    corner = torch.tensor([[0.0, 0.0, original[1], original[0]]])
+    assert torch.allclose(placement.to_original(placement.to_canvas(corner)), corner, atol=1e-3)
+
+
+@few
+@given(sizes, sizes, st.integers(0, 2**31))
+def test_jitter_keeps_a_part_of_the_image_on_the_canvas(
+    original: tuple[int, int], canvas: tuple[int, int], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    placement = jitter(original, canvas, scale=(0.5, 2.0), flip=0.5)
+    for i in (0, 1):
+        spare = canvas[i] - placement.resized[i]
+        assert min(spare, 0) <= placement.offset[i] <= max(spare, 0)
+
+
+@pytest.mark.parametrize("scale", [None, (0.5, 2.0)])
+def test_views_hold_what_is_left(scale: tuple[float, float] | None) -> None:
+    torch.manual_seed(0)
+    boxes = torch.tensor([[2.0, 3, 20, 30], [30.0, 5, 55, 35], [58.0, 38, 60, 40]])
+    objects = of_objects(boxes, (40, 60))
+    image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
+    viewer = Viewer(Preprocess(size=(32, 48)), scale=scale)
+    kept = []
+    for _ in range(20):
+        view = viewer.objects(image, objects, masks=True)
+        assert view.image.shape == (3, 32, 48)
+        assert view.image.dtype == torch.float32
+        assert view.masks is not None
+        assert len(view.boxes) == len(view.labels) == len(view.masks) == len(view.crowd)
+        kept.append(len(view.boxes))
+        for box, label, mask in zip(view.boxes, view.labels, view.masks, strict=True):
+            assert ((box >= 0) & (box <= torch.tensor([48, 32, 48, 32]))).all()
+            rows, columns = mask.nonzero(as_tuple=True)
+            edges = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert (edges - box).abs().max() <= 1.5
+            back = view.placement.to_original(box[None])[0]
+            whole = boxes[label]
+            assert (back[:2] >= whole[:2] - 0.1).all()
+            assert (back[2:] <= whole[2:] + 0.1).all()
+    assert max(kept) == 3
+    assert (min(kept) == 3) == (scale is None)
+
+
+def test_a_view_without_objects_or_image_edges() -> None:
+    viewer = Viewer(Preprocess(size=(16, 16), mean=(0.5,), std=(0.5,)))
+    image = torch.full((3, 10, 20), 200, dtype=torch.uint8)
+    view = viewer.objects(image, of_objects(torch.zeros(0, 4), (10, 20)), masks=True)
+    assert view.boxes.shape == (0, 4)
+    assert view.masks is not None
+    assert view.masks.shape == (0, 16, 16)
+    assert view.image.shape == (1, 16, 16)
+    assert view.image[0, 0].abs().max() < 0.01  # the mean
+    classes = viewer.map(image, torch.ones(10, 20, dtype=torch.uint8)).classes
+    assert classes.unique().tolist() == [1, IGNORE]
+    assert int((classes == 1).sum()) == 8 * 16
+
+
+@pytest.mark.parametrize("options", [{"scale": (0, 1)}, {"scale": (2, 1)}, {"flip": 1.5}])
+def test_views_that_make_no_sense(options: dict) -> None:
+    with pytest.raises(ChiasmError, match="expected"):
+        Viewer(Preprocess(size=(8, 8)), **options)
