@@ -155,10 +155,7 @@ def _report(data: ImageData, seen: Sequence[Seen]) -> DataReport:
     if broken:
         problems.append(f"{many(len(broken), 'file')} cannot be read: replace or remove {them(len(broken))}.")
     if across:
-        problems.append(
-            f"{many(len(across), 'image')} in more than one split: validation would measure memory; "
-            "remove the copies from one side."
-        )
+        problems.append(leak(across))
     if conflicts:
         problems.append(
             f"{many(len(conflicts), 'image')} with different labels in different places: keep the right one."
@@ -177,6 +174,14 @@ def _report(data: ImageData, seen: Sequence[Seen]) -> DataReport:
         conflicts=conflicts,
         problems=problems,
         notes=notes,
+    )
+
+
+def leak(across: Sequence[Sequence[str]]) -> str:
+    """What is to be mended where the same images are in several splits."""
+    return (
+        f"{many(len(across), 'image')} in more than one split: validation would measure memory; "
+        "remove the copies from one side."
     )
 
 

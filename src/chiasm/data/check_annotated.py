@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 
 from chiasm.data.annotated import IGNORE, AnnotatedData, Finding, MapSplit, ObjectSplit, SizeError
-from chiasm.data.check import FEW, DataReport, Seen, digest_of, find_duplicates, look_at_all, many, sizes_of, them
+from chiasm.data.check import FEW, DataReport, Seen, digest_of, find_duplicates, leak, look_at_all, many, sizes_of, them
 from chiasm.data.images import open_image
 from chiasm.data.source import TRAIN, Split
 from chiasm.errors import ImageError
@@ -91,10 +91,7 @@ def inspect_annotated(data: AnnotatedData, *, workers: int | None = None) -> Ann
         else:
             problems.append(f"{kind} ({count}): {done}; mend the annotations to keep {them(count)}.")
     if across:
-        problems.append(
-            f"{many(len(across), 'image')} in more than one split: validation would measure memory; "
-            "remove the copies from one side."
-        )
+        problems.append(leak(across))
     if conflicts:
         problems.append(f"{many(len(conflicts), 'image')} with different annotations: keep the right one.")
     if within:

@@ -14,7 +14,7 @@ from chiasm import __version__
 from chiasm.measure import Cost
 from chiasm.paired import Difference, compare_paired, holm, over_seeds
 from chiasm.report.html import Card, Html, Page, cards, details, figure, note, table, text
-from chiasm.report.plots import BLUE, GREEN, INK, LINE, MUTED, PURPLE, VERMILION, dress
+from chiasm.report.plots import BLUE, GREEN, INK, LINE, MUTED, PURPLE, VERMILION, as_written, dress
 
 SIGNIFICANT = 0.05
 JOINED, ALONE = VERMILION, BLUE
@@ -394,10 +394,6 @@ def failures(result: Comparison) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def _plain_text(label: str) -> str:
-    return label.replace("$", r"\$")  # matplotlib would read it as mathematics
-
-
 def _colour(entry: Entry) -> str:
     return JOINED if entry.joins else ALONE
 
@@ -413,7 +409,7 @@ def accuracy_figure(result: Comparison) -> Figure:
         axes.plot(values, [place] * len(values), "o", color=_colour(entry), alpha=0.6, markersize=5)
         for (name, value), mark in zip(entry.branches.items(), "^vs", strict=False):
             axes.plot([100 * value], [place], mark, color=MUTED, markersize=5, fillstyle="none", label=f"{name} head")
-    axes.set_yticks(range(len(entries)), [_plain_text(entry.label) for entry in entries], fontsize=8)
+    axes.set_yticks(range(len(entries)), [as_written(entry.label) for entry in entries], fontsize=8)
     axes.set_ylim(len(entries) - 0.4, -0.6)
     axes.axvline(100 * result.entry(result.reference).top1, color=MUTED, linewidth=0.8, linestyle=":")
     dress(axes, x="val top-1, %: a dot for each seed, a bar for their mean")
@@ -452,7 +448,7 @@ def pareto_figure(result: Comparison) -> Figure:
         dress(axes, title=title, x=unit, y="val top-1, %")
         axes.grid(color=LINE, linewidth=0.6)
         axes.margins(0.12)
-    key = "\n".join(f"{i + 1}  {_plain_text(entry.label)}" for i, entry in enumerate(entries))
+    key = "\n".join(f"{i + 1}  {as_written(entry.label)}" for i, entry in enumerate(entries))
     drawing.legend(
         handles=[drawing.axes[0].plot([], [], " ", label=key)[0]], loc="outside lower left", frameon=False, fontsize=8,
         labelcolor=INK, handlelength=0, handletextpad=0,
@@ -486,7 +482,7 @@ def curves_figure(result: Comparison) -> Figure:
             linewidth=1.6,
             marker="o",
             markersize=3,
-            label=_plain_text(entry.label),
+            label=as_written(entry.label),
         )
         axes.fill_between(
             epochs, [min(v) for v in by_epoch], [max(v) for v in by_epoch], color=colour, alpha=0.12, lw=0

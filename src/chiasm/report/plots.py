@@ -222,6 +222,11 @@ def dress(axes: Axes, *, title: str = "", x: str = "", y: str = "") -> None:
     axes.set_facecolor("none")
 
 
+def as_written(label: str) -> str:
+    """A label as matplotlib shows it letter by letter: dollars would be read as mathematics."""
+    return label.replace("$", r"\$")
+
+
 def _short(label: str) -> str:
-    label = label.replace("$", r"\$")  # matplotlib would read it as mathematics
+    label = as_written(label)
     return label if len(label) <= LABEL_LETTERS else label[: LABEL_LETTERS - 1] + "…"
