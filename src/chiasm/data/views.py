@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
 from chiasm.config import Preprocess
 from chiasm.data.annotated import IGNORE, Objects
-from chiasm.data.placement import Placement, jitter, letterbox
+from chiasm.data.placement import Placement, jitter, letterbox, windows
 from chiasm.data.transforms import eval_transform
 from chiasm.errors import ChiasmError
 
@@ -109,6 +110,15 @@ class Viewer:
             classes=placement.place(tv_tensors.Mask(classes[None]), IGNORE).as_subclass(Tensor)[0],
             placement=placement,
         )
+
+    def windows(self, image: Tensor, *, zoom: float = 1.0) -> tuple[Tensor, list[Placement]]:
+        """An image (3, H, W) uint8 without annotations: its canvases (K, C, h, w) float32, and how each lies on it.
+
+        K is 1 at a zoom of 1; see `chiasm.data.placement.windows`.
+        """
+        placements = windows((image.shape[-2], image.shape[-1]), self._canvas, zoom=zoom)
+        canvases = [self._normalise(placement.place(image, self._fill)) for placement in placements]
+        return torch.stack(canvases), placements
 
     def _place(self, image: Tensor) -> Placement:
         size = (image.shape[-2], image.shape[-1])
