@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import chiasm
-from chiasm.results.masks import decode_mask
+from chiasm.results.masks import decode_mask, encode_mask, encode_outline
 
 MASKS = np.zeros((2, 20, 30), dtype=bool)
 MASKS[0, 3:9, 4:10] = MASKS[1, 10:18, 12:28] = True
@@ -32,6 +32,16 @@ def test_objects_as_json_and_back() -> None:
     assert told["objects"][0]["box"] == [4, 3, 10, 9]
     masks = [decode_mask(found["mask"], 20, 30) for found in told["objects"]]
     assert np.array_equal(np.stack(masks), MASKS)
+
+
+def test_outlines_become_run_lengths_without_being_decoded() -> None:
+    polygon = [[4, 3, 10, 3, 10, 9, 4, 9]]
+    runs = {"size": [4, 3], "counts": [1, 0, 2, 3, 0, 1, 5]}  # with runs of nothing
+    for outline, height, width in ((polygon, 20, 30), (encode_mask(MASKS[1]), 20, 30), (runs, 4, 3)):
+        expected = encode_mask(decode_mask(outline, height, width))
+        assert encode_outline(outline, height, width) == expected
+    with pytest.raises(ValueError, match="11 pixels together"):
+        encode_outline({"size": [4, 3], "counts": [1, 10]}, 4, 3)
 
 
 def test_objects_above_a_score_and_none() -> None:

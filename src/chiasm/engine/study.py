@@ -307,7 +307,7 @@ class Study:
         metrics, right = predictor.task.metrics(), ["-"] * len(split)
         for images, labels, places in loader:
             indices = places.tolist()
-            results = predictor.classify(images, [split.sources[i] for i in indices])
+            results = predictor.answer(images, [split.sources[i] for i in indices])
             metrics.update(results, labels.tolist())
             for index, result, label in zip(indices, results, labels.tolist(), strict=True):
                 right[index] = str(int(result.label == result.labels[label]))
@@ -346,7 +346,7 @@ class Study:
             preprocess = predictor.info.preprocess
             images = torch.zeros(SPEED_BATCH, len(preprocess.mean), *preprocess.size)
 
-            works[label] = partial(predictor.classify, images, [""] * SPEED_BATCH)
+            works[label] = partial(predictor.answer, images, [""] * SPEED_BATCH)
         seconds: dict[str, list[float]] = {label: [] for label in works}
         watch = Stopwatch()
         for number, found in enumerate(islice(interleaved(works), SPEED_WARM + SPEED_ROUNDS)):

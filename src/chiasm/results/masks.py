@@ -46,18 +46,44 @@ def decode_mask(outline: Any, height: int, width: int) -> np.ndarray:
         runs = _runs(outline, height, width)
         values = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         return np.ascontiguousarray(values.reshape(width, height).T)
-    # The rasteriser's memory grows with the corners' distances, so corners far outside are drawn nearer.
-    far = 4 * max(height, width)
-    polygons = [np.clip(np.asarray(polygon, dtype=np.float64), -far, far).tolist() for polygon in outline]
-    return coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
+    return coco.decode(_rasterise(outline, height, width)).astype(bool)
+
+
+def encode_outline(outline: Any, height: int, width: int) -> dict[str, Any]:
+    """The mask as compressed run lengths, plain values for JSON; polygons are rasterised, runs are not decoded.
+
+    Raises:
+        ValueError: as `check_mask`.
+    """
+    from pycocotools import mask as coco
+
+    check_mask(outline, height, width)
+    if not isinstance(outline, dict):
+        return _plain(_rasterise(outline, height, width))
+    runs = _runs(outline, height, width)
+    if 0 in runs[1:]:  # empty runs may be written, but overlaps of such masks would come out wrong
+        return encode_mask(decode_mask(outline, height, width))
+    return _plain(coco.frPyObjects({"size": [height, width], "counts": runs}, height, width))
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """(H, W) bool as compressed run lengths, plain values for JSON."""
     from pycocotools import mask as coco
 
-    encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return _plain(coco.encode(np.asfortranarray(mask, dtype=np.uint8)))
+
+
+def _plain(encoded: dict[str, Any]) -> dict[str, Any]:
     return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+
+
+def _rasterise(polygons: list[list[float]], height: int, width: int) -> dict[str, Any]:
+    from pycocotools import mask as coco
+
+    # The rasteriser's memory grows with the corners' distances, so corners far outside are drawn nearer.
+    far = 4 * max(height, width)
+    near = [np.clip(np.asarray(polygon, dtype=np.float64), -far, far).tolist() for polygon in polygons]
+    return coco.merge(coco.frPyObjects(near, height, width))
 
 
 def _is_number(value: Any) -> bool:

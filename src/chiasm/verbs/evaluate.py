@@ -345,7 +345,7 @@ def _measure(
     mistakes, disagreements = _Top(max(LISTED, config.gallery)), _Top(max(LISTED, config.gallery))
     for images, _, places in _progress(loader, len(loader)):
         indices = places.tolist()
-        results = predictor.classify(images, [split.sources[i] for i in indices])
+        results = predictor.answer(images, [split.sources[i] for i in indices])
         metrics.update(results, [targets[i] for i in indices])
         for index, result in zip(indices, results, strict=True):
             true = result.labels[targets[index]]
