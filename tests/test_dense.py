@@ -167,9 +167,9 @@ def test_gradient_of_the_whole_loss_in_float64() -> None:
         ends = []
         for sign in (1, -2):
             for p, d in zip(parameters, direction, strict=True):
-                p += sign * 1e-6 * d
+                p += sign * 1e-9 * d
             ends.append(float(loss()))
-    assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(slope, rel=1e-3)
+    assert (ends[0] - ends[1]) / 2e-9 == pytest.approx(slope, rel=1e-3)
 
 
 @pytest.mark.parametrize(
