@@ -202,6 +202,18 @@ def test_a_model_file_of_an_unknown_task_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "m.safetensors")
 
 
+def test_half_types_leave_the_coarsest_levels_gradients_right() -> None:
+    """Maps of one column, which the levels of strides 64 and 128 are here."""
+    grads = {}
+    for half in (False, True):
+        model = _model("detect", "fcos").train()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            sum(model(torch.randn(2, 3, SIDE, SIDE))[name].square().mean() for name in ("p6", "p7")).backward()
+        grads[half] = model.fpn.extra_blocks.p7.weight.grad
+    torch.testing.assert_close(grads[True], grads[False], rtol=0, atol=0.05 * float(grads[False].abs().max()))
+
+
 def test_anchors_are_of_the_objects_sizes() -> None:
     sides = torch.tensor([10.0, 20.0, 40.0, 80.0, 160.0]).repeat_interleave(10)
     anchors, ratios = anchors_for(torch.stack((sides, 2 * sides), dim=1))
