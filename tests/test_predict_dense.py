@@ -8,12 +8,22 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import chiasm
+from chiasm.cli import main
+from chiasm.config import Preprocess
+from chiasm.data.video import VideoWriter, read_frames
+from chiasm.errors import ChiasmError
+from chiasm.model_file import ModelInfo, save_model
+from chiasm.models.heads import with_head
+from chiasm.predictor import load
 from chiasm.report import predictions
 from chiasm.report.pictures import Masks, Pictures
 from chiasm.report.predictions import write_csv, write_jsonl, write_tables
@@ -219,3 +229,171 @@ def test_pictures_of_objects_and_maps(tmp_path: Path) -> None:
     for name in ("a", "b"):
         with Image.open(tmp_path / "drawn" / f"{name}.predicted.jpg") as image:
             assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 50
+
+
+# ---------------------------------------------------------------------------------------------------------- real models
+
+HEADS = {"detect": "faster_rcnn", "instances": "mask_rcnn", "segment": "fpn"}
+
+
+def _model(folder: Path, task: str) -> str:
+    torch.manual_seed(0)
+    head = {"name": HEADS[task], "channels": 64, "maps": "conv"}
+    backbone = chiasm.create_model("conformer_nano_patch4_32", num_classes=0)
+    model = with_head(backbone, 3, task=task, architecture="conformer_nano_patch4_32", **head)
+    info = ModelInfo(
+        architecture="conformer_nano_patch4_32",
+        task=task,
+        head=head,
+        labels=LABELS,
+        preprocess=Preprocess(size=(64, 64), crop=1.0),
+    )
+    save_model(folder / f"{task}.safetensors", model, info)
+    return str(folder / f"{task}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return {task: _model(folder, task) for task in HEADS}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[str]:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    pixels = np.random.default_rng(0)
+    paths = [str(folder / name) for name in ("a.png", "b.jpg", "c ü.png")]
+    for index, path in enumerate(paths):
+        Image.fromarray(pixels.integers(0, 256, (40 - 3 * index, 50, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("format", ["table", "csv", "jsonl", "coco"])
+def test_every_format_of_every_task(
+    models: dict[str, str], photos: list[str], task: str, format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", models[task], *photos, "--format", format]
+    if task != "segment":
+        words += ["--threshold", "0.01"]
+    if (task, format) == ("segment", "coco"):
+        assert main(words) == 2
+        assert "COCO JSON is for detectors" in capsys.readouterr().err
+        return
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    expected = load(models[task], threshold=0 if task == "segment" else 0.01)(photos)
+    if task != "segment":
+        assert sum(len(result) for result in expected) > 3, "nothing is tested without objects"
+    if format == "jsonl":
+        rows = [json.loads(line) for line in told.splitlines()]
+        assert [row["source"] for row in rows] == photos
+        regions = "regions" if task == "segment" else "objects"
+        for row, result in zip(rows, expected, strict=True):
+            wanted = result.to_dict()[regions]
+            assert [found["label"] for found in row[regions]] == [found["label"] for found in wanted]
+            assert all(("mask" in found) == (task != "detect") for found in row[regions])
+    elif format == "csv":
+        rows = list(csv.DictReader(io.StringIO(told)))
+        wanted = [result.shares if task == "segment" else result.names for result in expected]
+        assert [row["label"] for row in rows] == [name for names in wanted for name in names]
+        assert ("area" in rows[0]) == (task == "instances")
+    elif format == "coco":
+        content = json.loads(told)
+        assert [image["file_name"] for image in content["images"]] == photos
+        assert len(content["annotations"]) == sum(len(result) for result in expected)
+        assert all(("segmentation" in found) == (task == "instances") for found in content["annotations"])
+    else:
+        assert sum(line.startswith(str(Path(photos[0]).parent)) for line in told.splitlines()) == 3
+
+
+def test_masks_and_pictures_by_the_command(models: dict[str, str], photos: list[str], tmp_path: Path) -> None:
+    for task, flags in (("segment", ["--zoom", "2"]), ("instances", ["--threshold", "0.01"])):
+        out = tmp_path / task
+        words = [
+            "predict",
+            models[task],
+            *photos,
+            "--masks",
+            str(out),
+            "--draw",
+            str(out),
+            "--out",
+            str(out / "all.jsonl"),
+        ]
+        assert main([*words, *flags]) == 0
+        rows = [json.loads(line) for line in (out / "all.jsonl").read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            stem = Path(row["source"]).stem
+            assert (out / f"{stem}.predicted.jpg").exists()
+            with Image.open(out / f"{stem}.png") as image:
+                values = np.asarray(image)
+            regions = row["regions"] if task == "segment" else list(reversed(row["objects"]))
+            expected = np.zeros_like(values)
+            for number, region in enumerate(regions):
+                mask = decode_mask(region["mask"], *values.shape)
+                expected[mask] = LABELS.index(region["label"]) if task == "segment" else len(regions) - number
+            assert np.array_equal(values, expected)
+            assert values.any(), "nothing is tested without a mask"
+
+
+def test_frames_of_videos(models: dict[str, str], photos: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="videos need PyAV")
+    clip, drawn = tmp_path / "clip.mp4", tmp_path / "drawn"
+    writer = VideoWriter(clip, Fraction(10))
+    for path in photos:
+        with Image.open(path) as image:
+            writer.add(image)
+    writer.finish()
+    frames = [pixels for _, pixels in read_frames(str(clip))]
+    for task in HEADS:
+        found = list(chiasm.predict(model=models[task], images=[str(clip)], draw=str(drawn / task), batch_size=2))
+        assert [result.source for result in found] == [f"{clip}#{number}" for number in range(3)]
+        for result, expected in zip(
+            found, load(models[task], threshold=0.5 * (task != "segment"))(frames), strict=True
+        ):
+            regions = "regions" if task == "segment" else "objects"
+            assert result.to_dict()[regions] == expected.to_dict()[regions]
+        assert len(list(read_frames(str(drawn / task / "clip.predicted.mp4")))) == 3
+
+
+def test_the_name_of_the_file_chooses_coco(models: dict[str, str], photos: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "objects.json"
+    results = chiasm.predict(model=models["detect"], images=photos, out=str(out), threshold=0.01)
+    assert results.out == out
+    assert len(json.loads(out.read_text(encoding="utf-8"))["images"]) == 3
+    before = out.read_bytes()
+    with pytest.raises(ChiasmError, match="no image files"):
+        chiasm.predict(model=models["detect"], images=[*photos, models["detect"][:-18]], out=str(out), batch_size=1)
+    assert out.read_bytes() == before, "the complete file was replaced by half a one"
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "said"),
+    [
+        (
+            "classify",
+            {"masks": "m"},
+            "--masks is for segmenters and detectors with masks; .* is for the task 'classify'",
+        ),
+        ("classify", {"threshold": 0.7}, "--threshold is for detectors"),
+        ("classify", {"zoom": 2}, "zoom is 2"),
+        ("classify", {"out": "a.json"}, "COCO JSON is for detectors.*--format jsonl"),
+        ("detect", {"masks": "m"}, "--masks is for segmenters and detectors with masks; .* is for the task 'detect'"),
+        ("detect", {"top": 5}, "--top is for classifiers"),
+        ("instances", {"zoom": 2}, "zoom is 2"),
+        ("segment", {"threshold": 0.7}, "--threshold is for detectors"),
+        ("segment", {"format": "coco"}, "COCO JSON is for detectors"),
+        ("segment", {"zoom": 0.5}, "zoom is 0.5"),
+        ("detect", {"threshold": 1.5}, "threshold is 1.5"),
+    ],
+)
+def test_settings_of_another_task(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, flags: dict, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ChiasmError, match=said) as told:
+        chiasm.predict(model=models.get(task, "test_resnet"), images=["a.png"], **flags)
+    assert "\n" not in str(told.value)
+    assert os.listdir() == []

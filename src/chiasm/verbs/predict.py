@@ -36,7 +36,6 @@ FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".json": "coco"}
 TASKS_OF = {
     "top": (("classify",), "classifiers"),
     "threshold": (("detect", "instances"), "detectors"),
-    "zoom": (("segment",), "segmenters"),
     "masks": (("instances", "segment"), "segmenters and detectors with masks"),
 }
 
@@ -147,10 +146,6 @@ def _check(config: PredictConfig) -> None:
         raise ChiasmError("which images? Give files, folders or globs, or - to read paths from stdin.")
     if config.top < 1:
         raise ChiasmError(f"top is {config.top}: expected 1 or more.")
-    if not 0 <= config.threshold <= 1:
-        raise ChiasmError(f"threshold is {config.threshold}: expected a score from 0 to 1.")
-    if not config.zoom >= 1:
-        raise ChiasmError(f"zoom is {config.zoom}: expected 1 or more.")
     if config.every < 1:
         raise ChiasmError(f"every is {config.every}: expected 1 (all frames of a video) or more.")
     if config.out is not None and Path(config.out).is_dir():
