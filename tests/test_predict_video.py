@@ -123,6 +123,20 @@ def test_damage_in_the_middle_is_passed_over(tmp_path: Path) -> None:
     assert "damaged frames left out" in reason
 
 
+def test_titles_in_another_encoding_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "TITLE"
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (WIDTH, HEIGHT)))))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    assert content.count(b"TITLE") == 1
+    path.write_bytes(content.replace(b"TITLE", b"caf\xe9 "))
+    assert _read(str(path)) == ([0], "")
+
+
 def _sound(path: Path) -> None:
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=8000)

@@ -345,7 +345,7 @@ class PredictConfig(Config):
         "both", "of a coupled model: which branches answer; one alone is faster, without what the other gave it"
     )
     image_size: int | None = _flag(None, "side in pixels; default: the model's own")
-    batch_size: int = _flag(32, "images at a time")
+    batch_size: int | None = _flag(None, "images at a time; default: 32, of detectors and segmenters 4")
     workers: int | None = _flag(None, "processes that read images; default: from the machine")
     device: str = _flag("auto", "auto, cpu, cuda, mps")
 

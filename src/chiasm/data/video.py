@@ -155,7 +155,7 @@ def _opened(path: str) -> Iterator[Any]:
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 raise ImageError(path, "the file is empty (0 bytes); copy or export it again.")
-            with av.open(file, options=_SAFE) as container:
+            with av.open(file, options=_SAFE, metadata_errors="replace") as container:
                 yield container
     except av.error.FFmpegError as error:
         reason = "cut off or not a video" if isinstance(error, ValueError) else error.strerror
@@ -175,7 +175,8 @@ def _decode(container: Any, path: str, every: int) -> Iterator[tuple[Frame, Tens
         raise ImageError(
             path, f"{context.width} x {context.height} pixels, at most {MAX_PIXELS:,} are read; scale it down."
         )
-    stream.thread_type = "AUTO"
+    context.options = {"max_pixels": str(MAX_PIXELS)}  # frames may be larger than the header says
+    context.thread_type = "AUTO"
     rate = stream.average_rate or stream.guessed_rate or _RATE
     number = damaged = 0
     end = 0.0

@@ -75,7 +75,10 @@ class Predictions:
             if config.draw:
                 pictures = stack.enter_context(Pictures(config.draw, config.images, top=config.top, every=config.every))
             images = _images(config, given)
-            for outcome in predictor.stream(images, batch_size=config.batch_size, workers=config.workers):
+            # Masks and maps have the size of their images, so results of few are held at a time.
+            usual = 32 if predictor.info.task == "classify" else 4
+            batch_size = usual if config.batch_size is None else config.batch_size
+            for outcome in predictor.stream(images, batch_size=batch_size, workers=config.workers):
                 while isinstance(origin := given.popleft(), ImageError):
                     self._leave_out(origin)
                 if isinstance(outcome, ImageError):
