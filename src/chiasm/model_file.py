@@ -113,7 +113,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelInfo]:
     except (TypeError, ValueError, RuntimeError, ChiasmError) as error:
         reason = str(error).splitlines()[0]
         raise ModelFileError(
-            f"{path}: {info.architecture} cannot be built with the file's arguments {info.model_args} ({reason})."
+            f"{path}: {info.architecture} cannot be built with the file's arguments {info.model_args | info.head} "
+            f"({reason})."
         ) from error
     _check_fit(path, info.architecture, model.state_dict(), tensors)
     model.load_state_dict(tensors)

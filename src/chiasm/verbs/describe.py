@@ -82,10 +82,11 @@ class Description:
     Attributes:
         architecture: its name.
         trained: False for random weights.
+        task: what it is for.
         labels: the class names in the order of the logits.
         input: what goes in.
         outputs: shape, without the batch, of what comes out: 'output' of `model(x)`, and each branch's logits of
-            `forward_branches` by name.
+            `forward_branches` by name; of a detector the levels of its pyramid by name.
         levels: what `features_only=True` gives.
         stages: in the order of the forward pass; their parameters and MACs add up to the totals.
         parameters: weights in all.
@@ -94,6 +95,7 @@ class Description:
 
     architecture: str
     trained: bool
+    task: str
     labels: tuple[str, ...]
     input: Input
     outputs: dict[str, tuple[int, ...]]
@@ -122,7 +124,7 @@ def describe(**flags: Any) -> Description:
     )
     size = height_and_width(config.image_size) or info.preprocess.size
     if size != info.preprocess.size:
-        set_input_size(model, size)
+        set_input_size(getattr(model, "backbone", model), size)
     image = torch.zeros(1, input_channels(model), *size)
     try:
         outputs, stages, macs = _run(model, image)
@@ -132,6 +134,7 @@ def describe(**flags: Any) -> Description:
     return Description(
         architecture=info.architecture,
         trained=info.trained,
+        task=info.task,
         labels=info.labels,
         input=_input(info.preprocess, image),
         outputs=outputs,
@@ -172,20 +175,29 @@ def _in_and_out(result: Description) -> Iterator[str]:
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (given.mean, given.std))
     yield f"\nin   {given.dtype} (B, {', '.join(map(str, given.shape))}), {given.order}, pixels 0..1 less mean ({mean})"
     yield f"     over std ({std}): values {given.range[0]:.2f} to {given.range[1]:.2f}"
-    yield (
-        f"     from an image: {given.interpolation} resize to cover {_side(height, given.crop)}x"
-        f"{_side(width, given.crop)}, centre crop {height}x{width}"
-    )
+    if result.task == "classify":
+        yield (
+            f"     from an image: {given.interpolation} resize to cover {_side(height, given.crop)}x"
+            f"{_side(width, given.crop)}, centre crop {height}x{width}"
+        )
+    else:
+        yield f"     from an image: the whole of it, as large as fits, in the middle of {height}x{width}"
+    known = ", ".join(result.labels[:5]) + (", ..." if len(result.labels) > 5 else "")
+    if "output" not in result.outputs:
+        for name, own in result.outputs.items():
+            yield f"out  (B, {', '.join(map(str, own))}): level '{name}' of the pyramid"
+        yield f"     classes: {known}; what the heads cost depends on how much there is to see and is not counted"
+        return
     shape = ", ".join(map(str, result.outputs["output"]))
     branches = [name for name in result.outputs if name != "output"]
     if not result.labels:
         yield f"out  (B, {shape}): features, as there is no classifier"
     else:
         mean_of = f", the mean of the branches {' and '.join(branches)}" if len(branches) > 1 else ""
-        yield f"out  (B, {shape}): logits{mean_of}; softmax gives the probability of each class"
+        where = " of every pixel" if result.task == "segment" else ""
+        yield f"out  (B, {shape}): logits{where}{mean_of}; softmax gives the probability of each class"
         for name in branches:
             yield f"     forward_branches(x)['{name}']: (B, {', '.join(map(str, result.outputs[name]))}) logits"
-        known = ", ".join(result.labels[:5]) + (", ..." if len(result.labels) > 5 else "")
         yield f"     classes: {known}"
     if result.levels:
         yield "features_only=True gives"
@@ -210,7 +222,8 @@ def _run(model: nn.Module, image: Tensor) -> tuple[dict[str, tuple[int, ...]], t
     finally:
         for hook in hooks:
             hook.remove()
-    outputs = {"output": tuple(output.shape[1:])}
+    answers = output if isinstance(output, dict) else {"output": output}
+    outputs = {name: tuple(answer.shape[1:]) for name, answer in answers.items() if answer is not image}
     branches = getattr(model, "forward_branches", None)
     if branches is not None and model.num_classes:
         with torch.no_grad():
