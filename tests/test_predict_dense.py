@@ -338,6 +338,18 @@ def test_masks_and_pictures_by_the_command(models: dict[str, str], photos: list[
             assert values.any(), "nothing is tested without a mask"
 
 
+@pytest.mark.parametrize("given", ["folder", "glob"])
+def test_pictures_among_the_images_are_not_predicted(models: dict[str, str], photos: list[str], given: str) -> None:
+    folder = Path(photos[0]).parent
+    pattern = str(folder if given == "folder" else folder / "**" / "*")
+    for _ in range(2):
+        results = chiasm.predict(
+            model=models["segment"], images=[pattern], draw=str(folder / "drawn"), masks=str(folder / "z" / "masks")
+        )
+        assert sorted(result.source for result in results) == photos
+        assert len(os.listdir(folder / "drawn")) == len(os.listdir(folder / "z" / "masks")) == 3
+
+
 def test_frames_of_videos(models: dict[str, str], photos: list[str], tmp_path: Path) -> None:
     pytest.importorskip("av", reason="videos need PyAV")
     clip, drawn = tmp_path / "clip.mp4", tmp_path / "drawn"

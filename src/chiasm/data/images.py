@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -195,6 +196,17 @@ def find_images(patterns: list[str], suffixes: frozenset[str] = SUFFIXES) -> Ite
             yield path
         if not count:
             raise DataError(f"{pattern}: no image files here (looked for {', '.join(sorted(suffixes))}).")
+
+
+def looks_into(pattern: str, folder: str | os.PathLike[str]) -> bool:
+    """Whether a pattern of `find_images` is about the files right in that folder, not just in some folder above it."""
+    real = os.path.realpath(folder)
+    if os.path.isdir(pattern):
+        return os.path.realpath(pattern) == real
+    if os.path.exists(pattern) or not glob.has_magic(pattern):
+        return False
+    above = os.path.realpath(os.path.dirname(re.split(r"[*?[]", pattern)[0]) or ".")
+    return real == above or ("**" not in pattern and real.startswith(os.path.join(above, "")))
 
 
 def walk_images(folder: str | os.PathLike[str], suffixes: frozenset[str] = SUFFIXES) -> Iterator[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import glob
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from chiasm.data.images import read_image
+from chiasm.data.images import looks_into, read_image
 from chiasm.data.video import Frame, VideoWriter
 from chiasm.errors import ChiasmError
 from chiasm.results import Classification, Detections, Result, Segmentation
@@ -119,13 +117,9 @@ class _Names:
     def __init__(self, folder: str, inputs: Sequence[str]) -> None:
         self.folder = Path(folder)
         self._used: dict[str, int] = {}
+        self._files = {os.path.realpath(path) for path in inputs if os.path.isfile(path)}
+        self._holds_inputs = any(looks_into(path, folder) for path in inputs)
         self._listed = "-" in inputs  # paths that come from stdin, known one by one only
-        named = [path for path in inputs if path != "-"]
-        self._files = {os.path.realpath(path) for path in named if os.path.isfile(path)}
-        self._folders = {_real_folder(path) for path in named if os.path.isdir(path)}
-        # A glob stands for the folder before its first wildcard: better a number too many than an image written over.
-        globs = [path for path in named if not os.path.exists(path) and glob.has_magic(path)]
-        self._folders |= {_real_folder(os.path.dirname(re.split(r"[*?[]", path)[0])) for path in globs}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -133,8 +127,8 @@ class _Names:
 
     def new(self, source: str, suffix: str) -> Path:
         """A path for what was made of the file `source`."""
-        if self._listed:
-            self._folders.add(_real_folder(os.path.dirname(source)))
+        if self._listed and os.path.realpath(os.path.dirname(source) or ".") == os.path.realpath(self.folder):
+            self._holds_inputs = True
         stem = Path(source).stem
         while True:
             name = stem + suffix
@@ -144,12 +138,7 @@ class _Names:
                 return path
 
     def _is_input(self, path: Path) -> bool:
-        real = os.path.realpath(path)
-        return os.path.exists(real) and (real in self._files or real.startswith(tuple(self._folders)))
-
-
-def _real_folder(path: str) -> str:
-    return os.path.join(os.path.realpath(path or "."), "")
+        return path.exists() and (self._holds_inputs or os.path.realpath(path) in self._files)
 
 
 @contextmanager

@@ -175,21 +175,29 @@ def _format(config: PredictConfig) -> str:
     return FORMATS.get(Path(config.out).suffix.lower(), "table")
 
 
-def _paths(patterns: list[str]) -> Iterator[str]:
+def _paths(config: PredictConfig) -> Iterator[str]:
     """The paths of images and videos, lazily; '-' stands for those on stdin, one a line."""
-    from chiasm.data import images, video
-
-    suffixes = images.SUFFIXES | video.SUFFIXES
-    for pattern in patterns:
+    for pattern in config.images:
         if pattern != "-":
-            yield from images.find_images([pattern], suffixes)
+            yield from _found(pattern, config)
             continue
         for line in sys.stdin:
             path = line.rstrip("\r\n")
             if os.path.isdir(path):
-                yield from images.find_images([path], suffixes)
+                yield from _found(path, config)
             elif path:
                 yield path
+
+
+def _found(pattern: str, config: PredictConfig) -> Iterator[str]:
+    """What a pattern names, without the pictures that are written somewhere below."""
+    from chiasm.data import images, video
+
+    folders = [folder for folder in (config.draw, config.masks) if folder]
+    own = {os.path.realpath(folder) for folder in folders if not images.looks_into(pattern, folder)}
+    for path in images.find_images([pattern], images.SUFFIXES | video.SUFFIXES):
+        if path == pattern or os.path.realpath(os.path.dirname(path)) not in own:
+            yield path
 
 
 def _images(config: PredictConfig, given: deque[_Given | ImageError]) -> Iterator[str | tuple[str, Tensor]]:
@@ -197,7 +205,7 @@ def _images(config: PredictConfig, given: deque[_Given | ImageError]) -> Iterato
     at its end."""
     from chiasm.data.video import is_video, read_frames
 
-    for path in _paths(config.images):
+    for path in _paths(config):
         if not is_video(path):
             given.append((None, None))
             yield path
@@ -250,7 +258,7 @@ def _count(config: PredictConfig) -> int | None:
     from chiasm.data.video import count_frames, is_video
 
     total = 0
-    for path in _paths(config.images):
+    for path in _paths(config):
         frames = count_frames(path) if is_video(path) else config.every
         if frames is None:
             return None
