@@ -18,6 +18,7 @@ from chiasm.config import Preprocess, TrainConfig
 from chiasm.data.folder import FileSplit
 from chiasm.data.images import MAX_PIXELS, find_images, read_image
 from chiasm.data.loader import eval_loader, train_loader
+from chiasm.data.samples import LabelledSamples
 from chiasm.data.transforms import eval_transform, train_transform
 from chiasm.errors import DataError, ImageError
 
@@ -198,20 +199,16 @@ def test_inside_a_loader(workers: int, cache: bool, tmp_path: Path) -> None:
     split = FileSplit(paths, [0] * len(READ) + [1] * len(REFUSED))
     preprocess = Preprocess(size=(16, 24))
 
-    train = train_loader(
-        split,
-        train_transform(TrainConfig(data="x"), preprocess),
-        batch_size=len(split),
-        workers=workers,
-        cache=cache,
-    )
+    samples = LabelledSamples(split, train_transform(TrainConfig(data="x"), preprocess))
+    train = train_loader(samples, batch_size=len(split), workers=workers, cache=cache)
     ((images, labels),) = list(train)
     assert images.shape == (len(split), 3, 16, 24)
     assert images.isfinite().all()
     assert not labels.any()  # every broken one is replaced, by a readable one with its own label
     assert {error.path for error in train.failures} == broken
 
-    valid = eval_loader(split, eval_transform(preprocess), batch_size=7, workers=workers, cache=cache)
+    samples = LabelledSamples(split, eval_transform(preprocess))
+    valid = eval_loader(samples, batch_size=7, workers=workers, cache=cache)
     for _ in range(2):
         batches = list(valid)
         assert torch.cat([indices for _, _, indices in batches]).tolist() == list(range(len(READ)))
@@ -227,9 +224,11 @@ def test_none_readable(tmp_path: Path, workers: int) -> None:
     with pytest.raises(
         DataError, match=r"^none of the 3 training images can be read; the first: .*jpg.*0 bytes"
     ) as told:
-        list(train_loader(split, train_transform(TrainConfig(data="x"), preprocess), batch_size=2, workers=workers))
+        samples = LabelledSamples(split, train_transform(TrainConfig(data="x"), preprocess))
+        list(train_loader(samples, batch_size=2, workers=workers))
     assert "\n" not in str(told.value)
-    assert list(eval_loader(split, eval_transform(preprocess), batch_size=2, workers=workers)) == []
+    samples = LabelledSamples(split, eval_transform(preprocess))
+    assert list(eval_loader(samples, batch_size=2, workers=workers)) == []
 
 
 def test_find_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

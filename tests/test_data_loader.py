@@ -12,6 +12,7 @@ from chiasm.config import Preprocess, TrainConfig
 from chiasm.data import Split, open_data
 from chiasm.data.cache import ImageCache, fill_cache
 from chiasm.data.loader import TrainLoader, eval_loader, train_loader
+from chiasm.data.samples import LabelledSamples
 from chiasm.data.transforms import eval_transform, train_transform
 from chiasm.errors import DataError
 
@@ -24,8 +25,8 @@ def split() -> Split:
 
 
 def make(split: Split, *, seed: int = 5, workers: int = 0, cache: bool = False, batch_size: int = 8) -> TrainLoader:
-    transform = train_transform(TrainConfig(data="x"), PREPROCESS)
-    return train_loader(split, transform, batch_size=batch_size, seed=seed, workers=workers, cache=cache)
+    samples = LabelledSamples(split, train_transform(TrainConfig(data="x"), PREPROCESS))
+    return train_loader(samples, batch_size=batch_size, seed=seed, workers=workers, cache=cache)
 
 
 def epoch(loader: TrainLoader, number: int, start: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -111,10 +112,8 @@ def test_every_image_once_per_epoch(split: Split) -> None:
     ],
 )
 def test_lengths(split: Split, count: int, batch_size: int, drop_last: bool, sizes: list[int]) -> None:
-    transform = train_transform(TrainConfig(data="x"), PREPROCESS)
-    loader = train_loader(
-        split.subset(range(count)), transform, batch_size=batch_size, workers=0, cache=False, drop_last=drop_last
-    )
+    samples = LabelledSamples(split.subset(range(count)), train_transform(TrainConfig(data="x"), PREPROCESS))
+    loader = train_loader(samples, batch_size=batch_size, workers=0, cache=False, drop_last=drop_last)
     assert [len(labels) for _, labels in loader] == sizes
     assert len(loader) == len(sizes)
 
@@ -123,7 +122,7 @@ def test_lengths(split: Split, count: int, batch_size: int, drop_last: bool, siz
 @pytest.mark.parametrize("cache", [False, True])
 def test_eval_gives_every_image_in_order(split: Split, workers: int, cache: bool) -> None:
     transform = eval_transform(PREPROCESS)
-    loader = eval_loader(split, transform, batch_size=16, workers=workers, cache=cache)
+    loader = eval_loader(LabelledSamples(split, transform), batch_size=16, workers=workers, cache=cache)
     batches = list(loader)
     assert len(batches) == len(loader) == 4
     assert torch.cat([indices for *_, indices in batches]).tolist() == list(range(50))
@@ -143,7 +142,7 @@ def test_misuse(split: Split) -> None:
 
 def test_the_cache_keeps_what_fits(split: Split) -> None:
     size = 3 * 64 * 64
-    cache = fill_cache(split, lambda image: image, limit=7 * size + 10)
+    cache = fill_cache(len(split), split.read, limit=7 * size + 10)
     assert len(cache) == 7
     assert cache.bytes == 7 * size
     assert torch.equal(cache.get(6), split.read(6))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -151,9 +153,9 @@ def test_views_hold_what_is_left(scale: tuple[float, float] | None) -> None:
     viewer = Viewer(Preprocess(size=(32, 48)), scale=scale)
     kept = []
     for _ in range(20):
-        view = viewer.objects(image, objects, masks=True)
-        assert view.image.shape == (3, 32, 48)
-        assert view.image.dtype == torch.float32
+        canvas, view = viewer.objects(image, objects, masks=True)
+        assert canvas.shape == (3, 32, 48)
+        assert canvas.dtype == torch.float32
         assert view.masks is not None
         assert len(view.boxes) == len(view.labels) == len(view.masks) == len(view.crowd)
         kept.append(len(view.boxes))
@@ -173,18 +175,54 @@ def test_views_hold_what_is_left(scale: tuple[float, float] | None) -> None:
 def test_a_view_without_objects_or_image_edges() -> None:
     viewer = Viewer(Preprocess(size=(16, 16), mean=(0.5,), std=(0.5,)))
     image = torch.full((3, 10, 20), 200, dtype=torch.uint8)
-    view = viewer.objects(image, of_objects(torch.zeros(0, 4), (10, 20)), masks=True)
+    canvas, view = viewer.objects(image, of_objects(torch.zeros(0, 4), (10, 20)), masks=True)
     assert view.boxes.shape == (0, 4)
     assert view.masks is not None
     assert view.masks.shape == (0, 16, 16)
-    assert view.image.shape == (1, 16, 16)
-    assert view.image[0, 0].abs().max() < 0.01  # the mean
-    classes = viewer.map(image, torch.ones(10, 20, dtype=torch.uint8)).classes
+    assert canvas.shape == (1, 16, 16)
+    assert canvas[0, 0].abs().max() < 0.01  # the mean
+    classes = viewer.map(image, torch.ones(10, 20, dtype=torch.uint8))[1].classes
     assert classes.unique().tolist() == [1, IGNORE]
     assert int((classes == 1).sum()) == 8 * 16
 
 
-@pytest.mark.parametrize("options", [{"scale": (0, 1)}, {"scale": (2, 1)}, {"flip": 1.5}])
+def test_colours_change_in_training_alone_and_what_is_in_the_image_stays() -> None:
+    image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
+    before = image.clone()
+    objects = of_objects(torch.tensor([[2.0, 3, 20, 30]]), (40, 60))
+    canvas = Preprocess(size=(32, 48), mean=(0, 0, 0), std=(1, 1, 1))
+    plain = Viewer(canvas, scale=(1, 1), flip=0)
+    colourful = Viewer(canvas, scale=(1, 1), flip=0, color_jitter=0.4)
+    views = []
+    for viewer in (plain, colourful, colourful):
+        torch.manual_seed(len(views) // 2)
+        views.append(viewer.objects(image, objects, masks=True))
+    assert torch.equal(image, before)
+    for picture, target in views[1:]:
+        assert (picture - views[0][0]).abs().mean() > 0.01
+        assert 0 <= picture.min() <= picture.max() <= 1
+        assert torch.equal(target.boxes, views[0][1].boxes)
+        assert torch.equal(target.masks, views[0][1].masks)
+    assert not torch.equal(views[1][0], views[2][0])
+    shown = [Viewer(canvas, color_jitter=share).map(image, image[0])[0] for share in (0.0, 0.4)]
+    assert torch.equal(*shown)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_target_survives_the_way_between_processes(masks: bool, count: int) -> None:
+    boxes = torch.tensor([[2.0, 3, 20, 30], [30.0, 5, 55, 35]])[:count]
+    image = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    target = Viewer(Preprocess(size=(31, 45))).objects(image, of_objects(boxes, (40, 60)), masks=masks)[1]
+    received = pickle.loads(pickle.dumps(target))
+    assert received.placement == target.placement
+    for name in ("boxes", "labels", "crowd", "masks"):
+        ours, theirs = getattr(received, name), getattr(target, name)
+        assert (ours is theirs is None) or (ours.dtype == theirs.dtype and torch.equal(ours, theirs)), name
+    assert target.to("meta").boxes.is_meta
+
+
+@pytest.mark.parametrize("options", [{"scale": (0, 1)}, {"scale": (2, 1)}, {"flip": 1.5}, {"color_jitter": -0.1}])
 def test_views_that_make_no_sense(options: dict) -> None:
     with pytest.raises(ChiasmError, match="expected"):
         Viewer(Preprocess(size=(8, 8)), **options)

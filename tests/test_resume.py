@@ -70,7 +70,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
         ours, theirs = (read_checkpoint(path / "checkpoints" / name) for path in (run, reference))
         for key in ("state_dict", "optimizer_states"):
             assert _differences(ours[key], theirs[key], key) == []
-        for key in ("epoch", "batch", "updates", "images", "best_top1", "best_epoch", "stale", "finished"):
+        for key in ("epoch", "batch", "updates", "images", "best_score", "best_epoch", "stale", "finished"):
             assert ours["chiasm"][key] == theirs["chiasm"][key], key
     assert (run / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
     rows = [

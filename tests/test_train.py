@@ -99,10 +99,10 @@ def test_a_run_folder_explains_itself(train: Callable[..., TrainResult], images:
     assert [row["epoch"] for row in lines] == [1, 2, 3]
     assert [row["step"] for row in lines] == [3, 6, 9]
     assert {"lr", "train_loss", "val_loss", "val_top1", "val_top1_conv", "val_top1_tokens", "seconds"} < set(lines[0])
-    assert result.top1 == max(row["val_top1"] for row in lines)
+    assert result.score == max(row["val_top1"] for row in lines)
     assert result.branches == {name: lines[result.best_epoch - 1][f"val_top1_{name}"] for name in ("conv", "tokens")}
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["best"]["val_top1"] == result.top1
+    assert summary["best"]["val_top1"] == result.score
     assert summary["data"] == {"name": Path(images).name, "classes": 3, "train_images": 24, "val_images": 9}
     assert summary["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__.startswith(
         summary["versions"]["torch"]
@@ -141,8 +141,8 @@ def test_the_model_file_scores_what_the_summary_says(train: Callable[..., TrainR
     batch = torch.stack([transform(split.read(i)) for i in range(len(split))])
     with torch.inference_mode():
         predicted = model(batch.contiguous(memory_format=torch.channels_last)).argmax(-1)
-    assert (predicted == torch.tensor(split.labels)).double().mean().item() == pytest.approx(result.top1)
-    assert result.top1 > 0.6
+    assert (predicted == torch.tensor(split.labels)).double().mean().item() == pytest.approx(result.score)
+    assert result.score > 0.6
 
 
 def test_default_names_count_up_and_nothing_is_overwritten(

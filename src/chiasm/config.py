@@ -122,14 +122,18 @@ class Preprocess:
 # --------------------------------------------------------------------------------------------------------------- train
 
 _DATA = "image folder, CSV, scenes[:key=value,...], torchvision:NAME or hf:NAME (see docs/data.md)"
+_ANNOTATED = "COCO, VOC, YOLO, or folders of images and masks"
+_IGNORE_INDEX = "value of masks without a class; default: of a class unlabelled, void, ignore"
 RecipeName = Literal["scratch", "finetune", "quick"]
+TaskName = Literal["auto", "classify", "detect", "instances", "segment"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """Train a classifier on your images; the run folder holds all that comes of it."""
+    """Train a model on your images: classes, boxes, masks or class maps; the run folder holds all that comes of it."""
 
-    data: str | None = _positional(f"{_DATA}; not needed with --resume", None)
+    data: str | None = _positional(f"{_DATA}; or {_ANNOTATED}; not needed with --resume", None)
+    task: TaskName = _flag("auto", "what to find in an image; auto: what the data is annotated for")
     model: str = _flag("conformer_nano_patch16_128", "architecture's name (chiasm models), ours or timm's")
     recipe: RecipeName = _flag("scratch", "defaults by purpose: scratch, finetune or quick")
     out: str | None = _flag(None, "run folder; default runs/<data>-<model>-<number>")
@@ -139,10 +143,31 @@ class TrainConfig(Config):
     model_args: dict[str, Any] = _flag({}, "further arguments of the architecture, as YAML: '{coupling: none}'")
 
     # data
-    image_size: int | None = _flag(None, "side of the square training image in pixels; default: the model's own")
+    image_size: int | None = _flag(
+        None, "side of the square training image in pixels; default: the model's own, 512 for boxes, masks and maps"
+    )
     val_fraction: float = _flag(0.2, "share held out, per class and seeded, where the data has no val split")
+    ignore_index: int | None = _flag(None, _IGNORE_INDEX)
     workers: int | None = _flag(None, "processes that read images; default: from the machine")
     cache: bool = _flag(True, "keep decoded images in memory when they fit in a quarter of it")
+
+    # detection and segmentation
+    head: Literal["auto", "faster_rcnn", "mask_rcnn", "fcos", "upernet", "fpn", "deeplabv3plus", "unet"] = _flag(
+        "auto", "what reads the backbone's maps; auto: the usual one of the task"
+    )
+    head_args: dict[str, Any] = _flag({}, "further arguments of the head, as YAML: '{channels: 128}'")
+    maps: Literal["auto", "conv", "tokens", "both"] = _flag(
+        "auto", "of a backbone of two branches: which branch's maps the head reads"
+    )
+    anchors: Literal["default", "data"] = _flag("default", "sizes of the anchor boxes: usual, or from the data's boxes")
+    frozen_bn: Literal["auto", "yes", "no"] = _flag(
+        "auto", "batch norms keep their statistics; auto: where the weights were loaded"
+    )
+    scale_jitter: list[float] = _flag([0.5, 2.0], "least and most random size of an image, over the size that fits")
+    color_jitter: float = _flag(
+        0.2, "random change of brightness, contrast and saturation, 0..1; hues by a tenth of it"
+    )
+    dice: float = _flag(1.0, "of class maps: weight of the Dice loss beside cross-entropy")
 
     # schedule
     epochs: int = _flag(100, "passes over the training images")
@@ -174,7 +199,7 @@ class TrainConfig(Config):
         None, "decay of the weights' moving average, e.g. 0.999; evaluated and saved in their place"
     )
     class_weights: Literal["none", "balanced"] = _flag("none", "weigh the loss by inverse class frequency")
-    early_stopping: int = _flag(0, "stop after this many epochs without a better val top-1; 0 is off")
+    early_stopping: int = _flag(0, "stop after this many epochs without a better val score; 0 is off")
 
     # machine
     seed: int = _flag(0, "seed of weights, order and augmentation")
@@ -188,21 +213,41 @@ class TrainConfig(Config):
     compile: bool = _flag(False, "torch.compile the model")
     grad_checkpointing: bool = _flag(False, "recompute activations: less memory, more time")
     keep: Literal["best", "last"] = _flag(
-        "best", "epoch whose weights become the model: best val top-1, or last, chosen by nothing"
+        "best", "epoch whose weights become the model: best val score, or last, chosen by nothing"
     )
     checkpoint_minutes: float = _flag(5.0, "save a checkpoint at each epoch's end and at least this often")
     loggers: list[Literal["tensorboard", "wandb"]] = _flag(["tensorboard"], "where metrics go besides metrics.csv")
 
     @classmethod
     def from_flags(cls, **flags: Any) -> Self:
-        """Build from keyword arguments over the defaults of `recipe` (its table is `RECIPES`)."""
+        """Build from keyword arguments over the defaults of `task` (`TASK_DEFAULTS`) and of `recipe` (`RECIPES`)."""
         name = flags.get("recipe", "scratch")
         if name not in RECIPES:
             raise UnknownNameError("recipe", str(name), RECIPES)
         if flags.get("data") is None and flags.get("resume") is None:
             raise ChiasmError(f"what to train on? Give an {_DATA}, or --resume RUN.")
-        return super().from_flags(**(RECIPES[name] | flags))
+        of_task = TASK_DEFAULTS.get(str(flags.get("task")), {})
+        given = {key: value for key, value in flags.items() if key != "image_size" or value is not None}
+        return super().from_flags(**(RECIPES[name] | of_task | given))
 
+
+_DENSE: dict[str, Any] = {
+    "image_size": 512,
+    "epochs": 50,
+    "batch_size": 8,
+    "lr": 3e-4,
+    "warmup_epochs": 1.0,
+    "drop_path": 0.1,
+    # What one label per image is for.
+    "label_smoothing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "rand_augment": 0,
+    "random_erasing": 0.0,
+    "crop_scale": 1.0,
+}
+# Over the recipe's; those of classification are the defaults above.
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {"detect": _DENSE, "instances": _DENSE, "segment": _DENSE}
 
 RECIPES: dict[str, dict[str, Any]] = {
     # From random weights, after the Conformer authors' recipe (arXiv 2105.03889, section 4.1), shortened
@@ -303,13 +348,9 @@ class PredictConfig(Config):
 class DataConfig(Config):
     """Check a data set before training: counts, sizes, broken files, duplicates; with a contact sheet."""
 
-    data: str = _positional(f"{_DATA}; or COCO, VOC, YOLO, or folders of images and masks")
-    task: Literal["auto", "classify", "detect", "instances", "segment"] = _flag(
-        "auto", "what the data is for; auto: what it is annotated for"
-    )
-    ignore_index: int | None = _flag(
-        None, "value of masks without a class; default: of a class unlabelled, void, ignore"
-    )
+    data: str = _positional(f"{_DATA}; or {_ANNOTATED}")
+    task: TaskName = _flag("auto", "what the data is for; auto: what it is annotated for")
+    ignore_index: int | None = _flag(None, _IGNORE_INDEX)
     val_fraction: float = _flag(0.2, "share held out, per class and seeded, where the data has no val split")
     seed: int = _flag(0, "seed of the split and of the contact sheet")
     sheet: str | None = _flag("contact-sheet.png", "where the contact sheet goes; 'none' for no picture")

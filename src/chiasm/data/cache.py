@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from chiasm.data.machine import cores
-from chiasm.data.source import Split
 from chiasm.errors import ImageError
 
 _BLOCK = 1 << 26  # bytes per tensor; torch takes the memory only as it is written
@@ -57,14 +56,14 @@ class ImageCache:
         return self._blocks[block][start : start + prod(shape)].view(shape)
 
 
-def fill_cache(split: Split, prepare: Callable[[Tensor], Tensor], *, limit: int) -> ImageCache:
-    """Read and prepare the images of a split, in order, until the next would not fit into `limit` bytes.
+def fill_cache(count: int, prepare: Callable[[int], Tensor], *, limit: int) -> ImageCache:
+    """Prepare the images 0 to `count`, in order, until the next would not fit into `limit` bytes.
 
     Several are read at a time, by threads. On a terminal, a progress bar with the time left stands on stderr meanwhile.
 
     Args:
-        split: what to read.
-        prepare: uint8 (3, H, W) -> uint8 (3, H', W'); called from threads.
+        count: how many there are.
+        prepare: reads one by its index as uint8, or raises `ImageError`; called from threads.
         limit: bytes.
     """
     from rich.console import Console
@@ -72,12 +71,12 @@ def fill_cache(split: Split, prepare: Callable[[Tensor], Tensor], *, limit: int)
 
     def load(index: int) -> Tensor | ImageError:
         try:
-            return prepare(split.read(index))
+            return prepare(index)
         except ImageError as error:
             return error
 
     cache, chunk, console = ImageCache(), 8 * cores(), Console(stderr=True)
-    chunks = [range(start, min(start + chunk, len(split))) for start in range(0, len(split), chunk)]
+    chunks = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
     bar = track(chunks, "reading images", console=console, transient=True, disable=not console.is_terminal)
     with ThreadPoolExecutor(cores()) as pool:
         for indices in bar:

@@ -24,6 +24,7 @@ from chiasm.data.source import SPLIT_NAMES, Split, as_name
 from chiasm.errors import DataError, ImageError
 
 _EXPECTED = "expected COCO's lists images, annotations and categories"
+_MASK = rb'"segmentation"\s*:\s*(?:\[\s*[^\]\s]|\{\s*")'
 
 
 def find_coco(root: Path) -> dict[str, Path]:
@@ -184,6 +185,15 @@ def _is_coco(path: Path) -> bool:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return content.find(b'"images"') >= 0 and content.find(b'"annotations"') >= 0
     except (OSError, ValueError):  # ValueError: an empty file cannot be mapped
+        return False
+
+
+def file_has_masks(path: Path) -> bool:
+    """Whether a COCO file has an annotation with a mask; it is not parsed, and false where it cannot be read."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return re.search(_MASK, content) is not None
+    except (OSError, ValueError):
         return False
 
 

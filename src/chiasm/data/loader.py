@@ -1,20 +1,21 @@
 """Batches of a split, for training and for evaluation.
 
-    loader = train_loader(split, transform, batch_size=64, seed=0)     # reads the images into memory where they fit
+    samples = LabelledSamples(split, transform)              # or of objects, or of class maps: samples.py
+    loader = train_loader(samples, batch_size=64, seed=0)    # reads the images into memory where they fit
     for epoch in range(100):
-        loader.set_epoch(epoch)                                        # which order and which augmentation
-        for images, labels in loader:                                  # float32 (B, C, h, w), int64 (B,)
+        loader.set_epoch(epoch)                              # which order and which augmentation
+        for images, targets in loader:                       # float32 (B, C, h, w), and what the samples say of them
             ...
-    state = loader.state_dict()                                        # {'epoch': 7, 'batch': 31}: what comes next
-    loader.load_state_dict(state)                                      # the next pass goes on from there; so does
-    loader.set_epoch(7, start=31)                                      # this
+    state = loader.state_dict()                              # {'epoch': 7, 'batch': 31}: what comes next
+    loader.load_state_dict(state)                            # the next pass goes on from there; so does
+    loader.set_epoch(7, start=31)                            # this
 
 The order of an epoch is a function of (seed, epoch), and the augmentation of an image of (seed, epoch, index) alone. So
 batches depend neither on the number of workers, nor on what is kept in memory, nor on where an earlier run stopped; and
 torch's global generator is left as it was, so what the model draws does not depend on the data.
 
-An image that cannot be read is named once, in a warning, and kept in `loader.failures`. In training the next readable
-one of the split takes its place; in evaluation it is left out.
+An image that cannot be read, or whose annotation cannot, is named once, in a warning, and kept in `loader.failures`. In
+training the next readable one of the split takes its place; in evaluation it is left out.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from chiasm.data.cache import ImageCache, fill_cache
 from chiasm.data.machine import default_workers, memory_bytes
-from chiasm.data.source import Split
-from chiasm.data.transforms import Transform
+from chiasm.data.samples import Samples
 from chiasm.errors import DataError, ImageError
 
 _log = logging.getLogger("chiasm.data")
@@ -45,8 +45,7 @@ _Failures = list[tuple[str, str]]
 
 
 def train_loader(
-    split: Split,
-    transform: Transform,
+    samples: Samples,
     *,
     batch_size: int,
     seed: int = 0,
@@ -57,8 +56,7 @@ def train_loader(
     """Shuffled, augmented batches; see the top of this file.
 
     Args:
-        split: labelled images.
-        transform: from `train_transform`.
+        samples: augmented, from `train_samples`.
         batch_size: images per batch.
         seed: of order and augmentation.
         workers: processes that read; 0 reads in this one, None decides by the machine.
@@ -69,27 +67,24 @@ def train_loader(
         DataError: when there is no image at all; while iterating, when none can be read.
     """
     return TrainLoader(
-        _TrainImages(split, transform, seed, _keep(split, transform, cache, _TRAIN_SHARE)),
+        _TrainImages(samples, seed, _keep(samples, cache, _TRAIN_SHARE)),
         batch_size=batch_size,
         workers=workers,
         drop_last=drop_last,
     )
 
 
-def eval_loader(
-    split: Split, transform: Transform, *, batch_size: int, workers: int | None = None, cache: bool = False
-) -> EvalLoader:
+def eval_loader(samples: Samples, *, batch_size: int, workers: int | None = None, cache: bool = False) -> EvalLoader:
     """Every readable image of a split once, in order.
 
     Args:
-        split: labelled images.
-        transform: from `eval_transform`.
+        samples: from `eval_samples`.
         batch_size: images per batch.
         workers: as for `train_loader`.
         cache: keep prepared images in memory, as many as fit into a twentieth of it; they are read now. Worth it when
             the split is gone through again and again.
     """
-    images = _EvalImages(split, transform, _keep(split, transform, cache, _EVAL_SHARE))
+    images = _EvalImages(samples, _keep(samples, cache, _EVAL_SHARE))
     return EvalLoader(images, batch_size=batch_size, workers=workers)
 
 
@@ -99,9 +94,9 @@ class _Loader:
     def __init__(self, images: _Images, *, batch_size: int, workers: int | None) -> None:
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}; expected 1 or more.")
-        if not len(images.split):
+        if not len(images.samples.split):
             raise DataError("there are no images to load.")
-        self.split = images.split
+        self.split = images.samples.split
         self.batch_size = batch_size
         self.failures: list[ImageError] = []
         self._note([(error.path, error.reason) for error in images.cache.failures.values()])
@@ -136,7 +131,7 @@ class _Loader:
 
 
 class TrainLoader(_Loader):
-    """Shuffled, augmented batches (images float32 (B, C, h, w), labels int64 (B,)); see the top of this file."""
+    """Shuffled, augmented batches (images float32 (B, C, h, w), targets); see the top of this file."""
 
     def __init__(self, images: _TrainImages, *, batch_size: int, workers: int | None, drop_last: bool) -> None:
         super().__init__(images, batch_size=batch_size, workers=workers)
@@ -169,7 +164,7 @@ class TrainLoader(_Loader):
         generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, -1))
         return torch.randperm(len(self.split), generator=generator).tolist()
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         epoch, start, size = self.epoch, self.batch, self.batch_size
         order = self.order(epoch)
         batches = [[(epoch, i) for i in order[b * size : (b + 1) * size]] for b in range(start, self._length)]
@@ -183,13 +178,13 @@ class TrainLoader(_Loader):
 
 
 class EvalLoader(_Loader):
-    """Batches (images float32 (B, C, h, w), labels int64 (B,), indices int64 (B,)) of the readable images, in order."""
+    """Batches (images float32 (B, C, h, w), targets, indices int64 (B,)) of the readable images, in order."""
 
     def __len__(self) -> int:
         """Batches; one less is given for each that has no readable image."""
         return -(-len(self.split) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Any, Tensor]]:
         count, size = len(self.split), self.batch_size
         for batch in self._read([list(range(start, min(start + size, count))) for start in range(0, count, size)]):
             if len(batch[0]):
@@ -205,45 +200,42 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
 class _Images(Dataset):
     """Reads the images of a batch in one call; lives in the workers."""
 
-    def __init__(self, split: Split, transform: Transform, cache: ImageCache) -> None:
-        self.split = split
-        self.transform = transform
+    def __init__(self, samples: Samples, cache: ImageCache) -> None:
+        self.samples = samples
         self.cache = cache
 
     def prepared(self, index: int) -> Tensor:
         if index in self.cache.failures:
             raise self.cache.failures[index]
-        image = self.cache.get(index)
-        return self.transform.prepare(self.split.read(index)) if image is None else image
+        kept = self.cache.get(index)
+        return self.samples.prepare(index) if kept is None else kept
 
 
 class _TrainImages(_Images):
-    def __init__(self, split: Split, transform: Transform, seed: int, cache: ImageCache) -> None:
-        super().__init__(split, transform, cache)
+    def __init__(self, samples: Samples, seed: int, cache: ImageCache) -> None:
+        super().__init__(samples, cache)
         self.seed = seed
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor, _Failures]:
-        images: list[Tensor] = []
-        labels: list[int] = []
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Any, _Failures]:
+        samples: list[Any] = []
         failures: _Failures = []
         before = torch.default_generator.get_state()
         try:
             for epoch, index in keys:
                 readable = self._readable(index, failures)
                 if readable is None:  # the loader's own process says so: a worker's error comes with its traceback
-                    return torch.empty(0), torch.empty(0, dtype=torch.int64), failures
-                chosen, image = readable
+                    return torch.empty(0), None, failures
+                chosen, kept = readable
                 # The generator itself, for `torch.manual_seed` also seeds every accelerator: 100 times the cost.
                 torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
-                images.append(self.transform.finish(image))
-                labels.append(self.split.labels[chosen])
+                samples.append(self.samples.finish(chosen, kept))
         finally:
             torch.default_generator.set_state(before)
-        return torch.stack(images), torch.tensor(labels), failures
+        return *self.samples.batch(samples), failures
 
     def _readable(self, index: int, failures: _Failures) -> tuple[int, Tensor] | None:
         """The image `index`, or the next that can be read, with its index; None when there is none."""
-        count = len(self.split)
+        count = len(self.samples.split)
         for chosen in (*range(index, count), *range(index)):
             try:
                 return chosen, self.prepared(chosen)
@@ -253,19 +245,18 @@ class _TrainImages(_Images):
 
 
 class _EvalImages(_Images):
-    def __getitems__(self, keys: list[int]) -> tuple[Tensor, Tensor, Tensor, _Failures]:
-        images: list[Tensor] = []
+    def __getitems__(self, keys: list[int]) -> tuple[Tensor, Any, Tensor, _Failures]:
+        samples: list[Any] = []
         indices: list[int] = []
         failures: _Failures = []
         for index in keys:
             try:
-                images.append(self.transform.finish(self.prepared(index)))
+                samples.append(self.samples.finish(index, self.prepared(index)))
                 indices.append(index)
             except ImageError as error:
                 failures.append((error.path, error.reason))
-        labels = torch.tensor([self.split.labels[i] for i in indices], dtype=torch.int64)
-        stacked = torch.stack(images) if images else torch.empty(0)
-        return stacked, labels, torch.tensor(indices, dtype=torch.int64), failures
+        images, targets = self.samples.batch(samples) if samples else (torch.empty(0), None)
+        return images, targets, torch.tensor(indices, dtype=torch.int64), failures
 
 
 class _Keys:
@@ -281,14 +272,15 @@ class _Keys:
         return len(self._loader._keys)
 
 
-def _keep(split: Split, transform: Transform, cache: bool, share: float) -> ImageCache:
+def _keep(samples: Samples, cache: bool, share: float) -> ImageCache:
     if not cache:
         return ImageCache()
-    kept = fill_cache(split, transform.prepare, limit=int(share * memory_bytes()))
-    if missing := len(split) - len(kept) - len(kept.failures):
+    count = len(samples.split)
+    kept = fill_cache(count, samples.prepare, limit=int(share * memory_bytes()))
+    if missing := count - len(kept) - len(kept.failures):
         _log.warning(
             "%d of %d images fit into memory (%.1f GB); the other %d are read in every epoch.",
-            *(len(kept), len(split), kept.bytes / 2**30, missing),
+            *(len(kept), count, kept.bytes / 2**30, missing),
         )
     return kept
 

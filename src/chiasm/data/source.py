@@ -40,8 +40,7 @@ SPLIT_NAMES = {
     "testing": TEST,
 }
 
-
-_ANNOTATION_FILES = (".json", ".yaml", ".yml")
+ANNOTATION_FILES = (".json", ".yaml", ".yml")
 _ANNOTATIONS = {
     "classify": "expected one sub-folder of images per class",
     "detect": "expected COCO JSON, VOC XML or YOLO txt",
@@ -256,7 +255,7 @@ def _annotated(spec: str, task: str | None, ignore_index: int | None) -> ImageDa
 
         return open_scene_objects(rest, task)
     path = Path(spec).expanduser()
-    if task == "classify" or not (path.is_dir() or (path.is_file() and path.suffix.lower() in _ANNOTATION_FILES)):
+    if task == "classify" or not (path.is_dir() or (path.is_file() and path.suffix.lower() in ANNOTATION_FILES)):
         if task not in (None, "classify") and path.exists():
             raise DataError(f"{spec}: not annotated for --task {task}; {_ANNOTATIONS[task]}.")
         if task not in (None, "classify") and kind in ("torchvision", "hf"):

@@ -126,6 +126,12 @@ def open_yolo(
     )
 
 
+def has_polygons(pairs: dict[str, _Pairs]) -> bool:
+    """Whether a label file has a polygon; they are read up to the first."""
+    labels = (label for found in pairs.values() for _, label in found)
+    return any(len(row) >= 7 for label in labels for _, row in _lines(label, []))
+
+
 def _add(gatherer: Gatherer, where: str, row: list[float], width: int, height: int) -> None:
     if len(row) == 5:
         x, y, w, h = row[1] * width, row[2] * height, row[3] * width, row[4] * height

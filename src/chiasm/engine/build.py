@@ -1,4 +1,4 @@
-"""The model to train: built for the data's classes, weights loaded, parts frozen; and the weights of the classes."""
+"""The task to train and its model: built for the data's classes, weights loaded, parts frozen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,38 @@ from chiasm.config import Preprocess, TrainConfig
 from chiasm.data import ImageData
 from chiasm.engine.freeze import freeze
 from chiasm.errors import ChiasmError, UnknownNameError
+from chiasm.model_file import ModelInfo, preprocess_of
 from chiasm.models import create_model
+from chiasm.tasks.classify import Classify
+
+
+def build_task(config: TrainConfig, data: ImageData, *, load: bool = True) -> tuple[nn.Module, ModelInfo, str]:
+    """Build the task that `config` asks for, with the classes of `data`.
+
+    Args:
+        load: whether to fetch the weights that training starts from; a resumed run has its own.
+
+    Returns:
+        The task, what its model file will say of the model (of the data it says nothing yet), and what was loaded in
+        words ('' for nothing).
+
+    Raises:
+        ChiasmError: for settings that do not go together, a size that the model cannot take, or weights that cannot be
+            had.
+    """
+    if config.task != "classify":
+        from chiasm.engine.dense import build_dense
+
+        return build_dense(config, data, load=load)
+    model, model_args, loaded = build_model(config, len(data.classes), load=load)
+    preprocess = preprocess_of(model, config.image_size)
+    check_size(model, config.model, preprocess)
+    weights = balanced_weights(data) if config.class_weights == "balanced" else None
+    task = Classify(model, data.classes, label_smoothing=config.label_smoothing, class_weights=weights)
+    info = ModelInfo(
+        architecture=config.model, model_args=model_args, task=task.name, labels=data.classes, preprocess=preprocess
+    )
+    return task, info, loaded
 
 
 def build_model(config: TrainConfig, classes: int, *, load: bool = True) -> tuple[nn.Module, dict[str, Any], str]:

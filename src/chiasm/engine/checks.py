@@ -11,8 +11,22 @@ if TYPE_CHECKING:
     from chiasm.data import ImageData
 
 
+# What says how boxes, masks and maps are found: of no use to classification.
+_DENSE_ONLY = (
+    "head",
+    "head_args",
+    "maps",
+    "anchors",
+    "frozen_bn",
+    "scale_jitter",
+    "color_jitter",
+    "dice",
+    "ignore_index",
+)
+
+
 def check_settings(config: TrainConfig) -> None:
-    """Raise `ChiasmError` for a setting out of its range, naming the range."""
+    """Raise `ChiasmError` for a setting out of its range, naming the range, or one that is for other tasks."""
     ranges: dict[str, tuple[float, float]] = {
         "epochs": (1, 1e6),
         "batch_size": (1, 1e6),
@@ -26,6 +40,8 @@ def check_settings(config: TrainConfig) -> None:
         "crop_scale": (0.001, 1.0),
         "rand_augment": (0, 30),
         "flip": (0.0, 1.0),
+        "color_jitter": (0.0, 1.0),
+        "dice": (0.0, 1e6),
         "drop_path": (0.0, 0.99),
         "lr": (1e-12, 1e6),
         "min_lr": (0.0, 1e6),
@@ -42,6 +58,7 @@ def check_settings(config: TrainConfig) -> None:
         "clip_grad": (1e-9, 1e9),
         "ema": (0.0, 1.0),
         "image_size": (1, 1e5),
+        "ignore_index": (0, 255),
         "workers": (0, 1e4),
     }
     for name, (low, high) in (ranges | optional).items():
@@ -50,6 +67,19 @@ def check_settings(config: TrainConfig) -> None:
             continue
         if not low <= value <= high:
             raise ChiasmError(f"{name} is {value}: expected {low:g} to {high:g}.")
+    scale = config.scale_jitter
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 100:
+        raise ChiasmError(
+            f"scale_jitter is {scale}: expected two numbers above 0, the smaller first, such as [0.5, 2]."
+        )
+    if config.task == "classify":
+        usual = TrainConfig(data=config.data)
+        for name in _DENSE_ONLY:
+            if getattr(config, name) != getattr(usual, name):
+                raise ChiasmError(
+                    f"{name} is {getattr(config, name)}: for boxes, masks and class maps alone, and this data has one "
+                    "label per image; leave it out, or give --task detect, instances or segment."
+                )
 
 
 def check_data(data: ImageData) -> None:

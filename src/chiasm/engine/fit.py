@@ -13,10 +13,10 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from chiasm.config import Preprocess, TrainConfig
+from chiasm.config import TrainConfig
 from chiasm.data import ImageData
 from chiasm.data.loader import eval_loader, train_loader
-from chiasm.data.transforms import eval_transform, train_transform
+from chiasm.data.samples import eval_samples, train_samples
 from chiasm.engine.checkpoints import AtomicCheckpointIO, Checkpoints
 from chiasm.engine.interrupt import Interrupt
 from chiasm.engine.loggers import make_loggers
@@ -27,15 +27,13 @@ from chiasm.engine.shards import own_padded_share, own_share
 from chiasm.engine.state import RunState, Stopwatch
 from chiasm.errors import ChiasmError, DataError, TrainingError
 from chiasm.model_file import ModelInfo
-from chiasm.tasks.classify import Classify
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 
 
 def fit(
-    task: Classify,
+    task: Any,
     data: ImageData,
-    preprocess: Preprocess,
     info: ModelInfo,
     config: TrainConfig,
     run: RunFolder,
@@ -86,16 +84,14 @@ def fit(
             config,
             state,
             train_loader(
-                train,
-                train_transform(config, preprocess),
+                train_samples(train, config, info.preprocess),
                 batch_size=config.batch_size,
                 seed=config.seed,
                 workers=config.workers,
                 cache=config.cache,
             ),
             eval_loader(
-                val,
-                eval_transform(preprocess),
+                eval_samples(val, config.task, info.preprocess),
                 batch_size=config.batch_size,
                 workers=config.workers,
                 cache=config.cache,

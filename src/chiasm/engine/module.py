@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,7 +23,7 @@ from chiasm.engine.optimizer import make_optimizer, set_rate
 from chiasm.engine.schedule import Schedule
 from chiasm.engine.state import RunState, Stopwatch
 from chiasm.errors import DataError, TrainingError
-from chiasm.tasks.classify import Classify, mean_logits
+from chiasm.tasks.validation import Validation
 
 STATE_KEY = "chiasm"
 CHECK_EVERY = 25  # steps between looks at the losses where a look makes the CPU wait for the device
@@ -35,18 +34,18 @@ class Training(pl.LightningModule):
     """What Lightning drives. `state` is shared with the callbacks, which save, show and stop.
 
     Args:
-        task: model and loss.
+        task: model, loss and validation, one of those in tasks/.
         config: the settings.
         state: where the run stands; taken over from the checkpoint on resume.
-        train_loader: resumable loader of (images (B, C, H, W), labels (B,)).
-        val_loader: loader of (images, labels, indices (B,)).
+        train_loader: resumable loader of (images (B, C, H, W), targets).
+        val_loader: loader of (images, targets, indices (B,)).
         val_images: validation images of this process; those with a higher index are padding and are not counted.
         watch: the wall time of the run.
     """
 
     def __init__(
         self,
-        task: Classify,
+        task: Any,
         config: TrainConfig,
         state: RunState,
         train_loader: Any,
@@ -66,10 +65,10 @@ class Training(pl.LightningModule):
         self._train_loader = train_loader
         self._val_loader = val_loader
         self._val_images = val_images
-        self._mix = Mix(config, len(task.labels))
+        self._mix = Mix(config, len(task.labels)) if config.task == "classify" else None
         self._frozen_norms = frozen_norms(task)
         self._losses: list[Tensor] = []  # of the steps not yet checked and summed
-        self._val_sums: dict[str, float] = {}
+        self._validation: Validation = task.validation()
         self._epoch_watch = Stopwatch()
         self._val_watch = Stopwatch()
         self._validation_seconds = 0.0  # of the latest validation with its checkpoint: kept free in a time budget
@@ -84,7 +83,7 @@ class Training(pl.LightningModule):
         )
 
     @property
-    def evaluated(self) -> Classify:
+    def evaluated(self) -> Any:
         """The weights that are validated and published: the moving average where it is on."""
         return self.ema.module if self.ema is not None else self.task
 
@@ -104,10 +103,10 @@ class Training(pl.LightningModule):
         for norm in self._frozen_norms:
             norm.eval()
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Any]) -> Tensor:
         torch.manual_seed(_step_seed(self.config.seed, self.state.epoch, self.state.batch, self.global_rank))
-        images, labels = self._mix(*batch)
-        terms = self.task.loss(self.task(images.contiguous(memory_format=torch.channels_last)), labels)
+        images, targets = batch if self._mix is None else self._mix(*batch)
+        terms = self.task.loss(self.task(images.contiguous(memory_format=torch.channels_last)), targets)
         self.state.batch += 1
         self.state.images += len(images)
         self._losses.append(terms["loss"].detach())
@@ -166,34 +165,22 @@ class Training(pl.LightningModule):
     # ----------------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        self._val_sums = {}
+        self._validation = self.evaluated.validation()
         self._val_watch = Stopwatch()
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-        images, labels, indices = batch
+    def validation_step(self, batch: tuple[Tensor, Any, Tensor]) -> None:
+        images, targets, indices = batch
         outputs = self.evaluated(images.contiguous(memory_format=torch.channels_last))
-        if self.trainer.world_size > 1:
-            real = indices < self._val_images
-            labels = labels[real]
-            outputs = {name: logits[real] for name, logits in outputs.items()}
-        self._add("images", len(labels))
-        if len(labels):
-            self._add("loss", float(self.evaluated.loss(outputs, labels)["loss"]) * len(labels))
-            self._add("top1", _hits(mean_logits(outputs), labels))
-            if len(outputs) > 1:
-                for name, logits in outputs.items():
-                    self._add(f"top1_{name}", _hits(logits, labels))
+        self._validation.add(outputs, targets, indices < self._val_images)
 
     def on_validation_epoch_end(self) -> None:
         """Close the epoch: its row, the best score, what comes next."""
         self.settle_losses()
-        sums = self._sums_of_all_processes()
-        images = sums.pop("images", 0.0)
-        if not images:
+        found = self._validation.compute(self._states_of_all_processes())
+        if not found:
             raise DataError("none of the val images can be read; see 'chiasm data' for which and why.")
-        val = {f"val_{name}": value / images for name, value in sums.items()}
-        if not _is_finite(val["val_loss"]):
-            raise self.diverged(f"the validation loss is {val['val_loss']} after epoch {self.state.epoch + 1}")
+        if not _is_finite(found.get("loss", 0.0)):
+            raise self.diverged(f"the validation loss is {found['loss']} after epoch {self.state.epoch + 1}")
         train_loss = torch.tensor(self.state.epoch_loss / max(1, self.state.batch), device=self.device)
         self._validation_seconds = self._val_watch.seconds
         seconds = self._epoch_watch.seconds
@@ -205,15 +192,16 @@ class Training(pl.LightningModule):
                 "step": state.updates,
                 "lr": self.schedule.rate(max(0, state.updates - 1), self.time_share),
                 "train_loss": float(self.trainer.strategy.reduce(train_loss, reduce_op="mean")),
-                **val,
+                **{f"val_{name}": value for name, value in found.items()},
                 "seconds": round(seconds, 3),
             }
         )
         state.train_seconds += seconds - self._validation_seconds
         state.batch, state.epoch_loss, state.epoch_seconds = 0, 0.0, 0.0
         state.stale += 1
-        if val["val_top1"] > state.best_top1:
-            state.best_top1, state.best_epoch, state.stale = val["val_top1"], state.epoch, 0
+        score = found[self._validation.score]
+        if score > state.best_score:
+            state.best_score, state.best_epoch, state.stale = score, state.epoch, 0
         patience = self.config.early_stopping
         if self.config.max_minutes is not None:
             done = self._time_share(self.config.max_minutes * 60) >= 1
@@ -227,16 +215,13 @@ class Training(pl.LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics(row, step=self.state.updates)
 
-    def _add(self, name: str, value: float) -> None:
-        self._val_sums[name] = self._val_sums.get(name, 0.0) + value
-
-    def _sums_of_all_processes(self) -> dict[str, float]:
-        """As objects, since a process none of whose images can be read has no sums at all."""
-        parts: list[Any] = [self._val_sums]
+    def _states_of_all_processes(self) -> list[Any]:
+        """As objects, since a process none of whose images can be read has nothing to tell."""
+        states = [self._validation.state()]
         if self.trainer.world_size > 1:
-            parts *= self.trainer.world_size
-            torch.distributed.all_gather_object(parts, self._val_sums)
-        return {name: sum(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(chain(*parts))}
+            states *= self.trainer.world_size
+            torch.distributed.all_gather_object(states, states[self.global_rank])
+        return states
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
@@ -273,7 +258,7 @@ class _Epoch:
     def __len__(self) -> int:
         return len(self.loader) - self.start
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         self.loader.set_epoch(self.epoch, start=self.start)
         yield from self.loader
 
@@ -287,17 +272,13 @@ class _Batches:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Any, Tensor]]:
         yield from self.loader
 
 
 def _step_seed(*numbers: int) -> int:
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _hits(logits: Tensor, labels: Tensor) -> int:
-    return int((logits.argmax(-1) == labels).sum())
 
 
 def _is_finite(value: float) -> bool:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from chiasm.engine.module import Training
 from chiasm.engine.state import Stopwatch
+from chiasm.tasks.validation import SCORES, other_scores, score_of
 
 REFRESH_SECONDS = 0.5
 
@@ -59,10 +60,10 @@ class Show(Callback):
             return
         state, config = pl_module.state, pl_module.config
         row = state.history[-1]
-        branches = [f"{name[9:]} {row[name]:.1%}" for name in row if name.startswith("val_top1_")]
+        score, others = score_of(row), [f"{words} {row[name]:.1%}" for name, words in other_scores(row).items()]
         of = "" if config.max_minutes is not None else f"/{config.epochs}"
-        line = f"epoch {state.epoch}{of}  loss {row['train_loss']:.3f}  val top-1 {row['val_top1']:.1%}"
-        line += f" ({', '.join(branches)})" if branches else ""
+        line = f"epoch {state.epoch}{of}  loss {row['train_loss']:.3f}  val {SCORES[score]} {row[f'val_{score}']:.1%}"
+        line += f" ({', '.join(others)})" if others else ""
         line += f"  lr {row['lr']:.2g}  {_clock(row['seconds'])}"
         line += "  best" if state.best_epoch == state.epoch else ""
         if self._bar is None and not state.finished and (left := self._left(pl_module)):

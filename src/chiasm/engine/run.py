@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from chiasm.config import TrainConfig
 from chiasm.engine.checks import check_data
 from chiasm.engine.run_folder import RunFolder
 from chiasm.errors import ChiasmError, DataError, InterruptedRunError, TrainingError
+from chiasm.tasks.validation import score_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,8 +32,9 @@ class TrainResult:
     Attributes:
         run: the run folder.
         model: the model file of the best epoch, or with `keep='last'` of the last.
-        top1: the best validation top-1, 0..1.
-        branches: each branch's own top-1 in that epoch, by name; empty for a one-branch model.
+        score: the best validation score, 0..1.
+        metric: which score that is, a name of tasks/validation.py: 'top1' for classification.
+        branches: each branch's own top-1 in that epoch, by name; empty for a one-branch model and for other tasks.
         best_epoch: the epoch it was reached after, from 1.
         epochs: epochs trained.
         seconds: wall time over all sessions of the run.
@@ -41,7 +43,8 @@ class TrainResult:
 
     run: str
     model: str
-    top1: float
+    score: float
+    metric: str
     branches: dict[str, float] = field(default_factory=dict)
     best_epoch: int
     epochs: int
@@ -61,7 +64,7 @@ def run_training(
     """Train as `config` says, or go on with `run`.
 
     Args:
-        config: the settings, checked.
+        config: the settings, checked; `task` is not 'auto'.
         run: an existing run to go on with from its last complete checkpoint; a finished one is left as it is.
         watch: running since the work began.
         interrupt: entered; it ends the run after Ctrl-C or SIGTERM.
@@ -74,12 +77,10 @@ def run_training(
     from pytorch_lightning.utilities import rank_zero_only
 
     from chiasm.data import open_data
-    from chiasm.engine.build import balanced_weights, build_model, check_size
+    from chiasm.engine.build import build_task
     from chiasm.engine.checkpoints import STATE_KEY, read_checkpoint
     from chiasm.engine.fit import fit
     from chiasm.engine.state import RunState
-    from chiasm.model_file import ModelInfo, preprocess_of
-    from chiasm.tasks.classify import Classify
 
     first = getattr(rank_zero_only, "rank", 0) == 0
     console.quiet |= not first
@@ -94,35 +95,28 @@ def run_training(
             console.print(f"{run.path} is finished: {state.epoch} epochs, nothing left to do.")
             return _result(run, state)
     assert config.data is not None
-    data = open_data(config.data, val_fraction=config.val_fraction, seed=config.seed)
-    data.need("classify")
+    data = open_data(
+        config.data,
+        task=config.task,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        ignore_index=config.ignore_index,
+    )
+    data.need(config.task)
     check_data(data)
     seen = data.fingerprint()
     if resume and state.data != seen:
         raise DataError(f"{config.data}: not the images this run was started on; put them back or start a new run.")
-    model, model_args, loaded = build_model(config, len(data.classes), load=not resume)
+    task, info, loaded = build_task(config, data, load=not resume)
     if loaded:
         console.print(loaded)
-    preprocess = preprocess_of(model, config.image_size)
-    check_size(model, config.model, preprocess)
-    info = ModelInfo(
-        architecture=config.model,
-        model_args=model_args,
-        labels=data.classes,
-        preprocess=preprocess,
-        data=config.data,
-        seed=config.seed,
-        val_fraction=config.val_fraction,
-        fingerprint=seen,
-    )
-    weights = balanced_weights(data) if config.class_weights == "balanced" else None
-    task = Classify(model, data.classes, label_smoothing=config.label_smoothing, class_weights=weights)
+    info = replace(info, data=config.data, seed=config.seed, val_fraction=config.val_fraction, fingerprint=seen)
     if run is None:
         run = _shared_run(config, data.name, first)
     state.data = seen
     train_images, val_images = len(data.splits["train"]), len(data.splits["val"])
-    parameters = sum(value.numel() for value in model.parameters())
-    height, width = preprocess.size
+    parameters = sum(value.numel() for value in task.parameters())
+    height, width = info.preprocess.size
     begin = f"going on after epoch {state.epoch}, batch {state.batch}" if resume else "from the start"
     console.print(
         f"{config.model} ({parameters / 1e6:.1f}M parameters, {height}x{width} px) on {data.name}: "
@@ -135,7 +129,6 @@ def run_training(
             fit(
                 task,
                 data,
-                preprocess,
                 info,
                 config,
                 run,
@@ -183,7 +176,8 @@ def _result(run: RunFolder, state: RunState) -> TrainResult:
     return TrainResult(
         run=str(run.path),
         model=str(run.model),
-        top1=state.best_top1,
+        score=state.best_score,
+        metric=score_of(best),
         branches={name[9:]: value for name, value in best.items() if name.startswith("val_top1_")},
         best_epoch=state.best_epoch,
         epochs=state.epoch,

@@ -91,7 +91,8 @@ class RunFolder:
         run = cls(Path(path))
         if not run.config.is_file():
             raise ModelFileError(f"{path}: not a run folder (no config.yaml there); --resume takes what --out made.")
-        return run, TrainConfig.from_flags(**read_yaml(run.config))
+        # The first runs had no task, since all were of one.
+        return run, TrainConfig.from_flags(**({"task": "classify"} | read_yaml(run.config)))
 
     def write_metrics(self, history: list[dict[str, float]]) -> None:
         """metrics.csv, whole: one line per completed epoch."""

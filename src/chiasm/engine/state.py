@@ -21,7 +21,7 @@ class RunState:
         images: training images seen, per process.
         epoch_seconds: time spent on the epoch under way before this process took over.
         epoch_loss: sum of the training losses of the epoch under way, one per batch.
-        best_top1: the best validation top-1 so far, 0..1; -1 before the first.
+        best_score: the best validation score so far, 0..1; -1 before the first.
         best_epoch: the epoch it was reached after, from 1.
         stale: epochs since.
         history: one row per completed epoch, the lines of metrics.csv.
@@ -40,7 +40,7 @@ class RunState:
     images: int = 0
     epoch_seconds: float = 0.0
     epoch_loss: float = 0.0
-    best_top1: float = -1.0
+    best_score: float = -1.0
     best_epoch: int = 0
     stale: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -54,9 +54,9 @@ class RunState:
         return asdict(self)
 
     def restore(self, values: dict[str, Any]) -> None:
-        """Take over the values of a checkpoint, in place."""
+        """Take over the values of a checkpoint, in place; where there was classification alone, the score was top-1."""
         for name, value in values.items():
-            setattr(self, name, value)
+            setattr(self, "best_score" if name == "best_top1" else name, value)
 
     @property
     def best_row(self) -> dict[str, float]:

@@ -26,7 +26,7 @@ from rich.console import Console
 from chiasm.config import CompareConfig, TrainConfig, read_yaml
 from chiasm.data import ImageData, open_data
 from chiasm.data.loader import eval_loader
-from chiasm.data.transforms import eval_transform
+from chiasm.data.samples import eval_samples
 from chiasm.engine.build import build_model
 from chiasm.engine.checks import check_data, check_settings
 from chiasm.engine.interrupt import Interrupt
@@ -45,7 +45,7 @@ from chiasm.report.html import write_text
 
 # Settings of train that belong to the study: no candidate has its own.
 OF_THE_STUDY = frozenset(
-    {"data", "model", "model_args", "out", "resume", "seed", "epochs", "max_minutes", "keep", "val_fraction",
+    {"data", "task", "model", "model_args", "out", "resume", "seed", "epochs", "max_minutes", "keep", "val_fraction",
      "image_size", "precision", "accelerator", "devices", "num_nodes", "strategy", "loggers", "recipe",
      "early_stopping"}
 )  # fmt: skip
@@ -302,8 +302,8 @@ class Study:
         """Classify the validation images and write down which are right."""
         predictor, seed = load(folder, device=self.device), plan.seed
         split = self._open(seed).split("val")
-        transform = eval_transform(predictor.info.preprocess)
-        loader = eval_loader(split, transform, batch_size=plan.batch_size, workers=plan.workers)
+        samples = eval_samples(split, "classify", predictor.info.preprocess)
+        loader = eval_loader(samples, batch_size=plan.batch_size, workers=plan.workers)
         metrics, right = predictor.task.metrics(), ["-"] * len(split)
         for images, labels, places in loader:
             indices = places.tolist()
@@ -388,7 +388,7 @@ class Study:
             **config.train_args, **candidate.settings, **budget,
             "data": config.data, "model": candidate.model, "model_args": candidate.model_args,
             "recipe": config.recipe, "image_size": config.image_size, "precision": config.precision, "seed": seed,
-            "keep": "last", "accelerator": config.accelerator, "devices": "1", "loggers": [],
+            "task": "classify", "keep": "last", "accelerator": config.accelerator, "devices": "1", "loggers": [],
         }  # fmt: skip
         plan = TrainConfig.from_flags(**given)
         check_settings(plan)

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from chiasm.tasks.classify_metrics import BINS, Calibration
+from chiasm.tasks.validation import SCORES, other_scores, score_of
 
 # name: (on light, on dark). After Okabe and Ito's palette; figures are drawn in the light colours.
 PALETTE = {
@@ -44,26 +45,30 @@ _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu San
 
 
 def curves(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Training curves from the lines of metrics.csv, one or more: losses, and validation top-1 with each branch's own.
+    """Training curves from the lines of metrics.csv, one or more: losses, and the validation score beside the others.
 
     Args:
-        history: per epoch 'epoch', 'train_loss', 'val_loss', 'val_top1' and, for branches, 'val_top1_<branch>'.
+        history: per epoch 'epoch', 'train_loss', 'val_<score>', and where there are 'val_loss' and other scores, such
+            as 'val_top1_<branch>' (see tasks/validation.py).
     """
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     losses, scores = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
     style: dict[str, Any] = {"marker": "o" if len(history) < 20 else "", "markersize": 3}
     for (column, label), colour in zip((("train_loss", "training"), ("val_loss", "validation")), VOTERS, strict=False):
-        losses.plot(epochs, [row[column] for row in history], color=colour, label=label, **style)
-    branches = [column for column in history[0] if column.startswith("val_top1_")]
-    for column, colour in zip(branches, VOTERS[1:] * len(branches), strict=False):
-        values = [row[column] for row in history]
-        scores.plot(epochs, values, color=colour, linewidth=1.2, label=f"{column[9:]} branch", **style)
-    scores.plot(epochs, [row["val_top1"] for row in history], color=BLUE, linewidth=2, label="model", **style)
-    best = max(history, key=lambda row: row["val_top1"])
-    scores.axhline(best["val_top1"], color=MUTED, linewidth=0.8, linestyle=":")
+        if column in history[0]:
+            losses.plot(epochs, [row[column] for row in history], color=colour, label=label, **style)
+    score, others = score_of(history[0]), other_scores(history[0])
+    for (column, words), colour in zip(others.items(), VOTERS[1:] * len(others), strict=False):
+        label = f"{words} branch" if column.startswith("val_top1_") else words
+        scores.plot(epochs, [row[column] for row in history], color=colour, linewidth=1.2, label=label, **style)
+    values, words = [row[f"val_{score}"] for row in history], SCORES[score]
+    label = "model" if score == "top1" else words
+    scores.plot(epochs, values, color=BLUE, linewidth=2, label=label, **style)
+    best = max(values)
+    scores.axhline(best, color=MUTED, linewidth=0.8, linestyle=":")
     dress(losses, title="Loss", x="epoch")
-    dress(scores, title=f"Validation top-1: best {best['val_top1']:.1%}, epoch {best['epoch']:.0f}", x="epoch")
+    dress(scores, title=f"Validation {words}: best {best:.1%}, epoch {epochs[values.index(best)]:.0f}", x="epoch")
     scores.yaxis.set_major_formatter("{x:.0%}")
     for axes in (losses, scores):
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -6,6 +6,7 @@ The loss of the branches and the decoding of logits are here, the metrics in cla
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,6 +81,10 @@ class Classify(nn.Module):
             for i, source in enumerate(sources)
         ]
 
+    def validation(self) -> ClassifyValidation:
+        """What measures an epoch."""
+        return ClassifyValidation(self)
+
     def metrics(self) -> ClassificationMetrics:
         """What collects results of `decode` with their true classes and scores them."""
         from chiasm.tasks.classify_metrics import ClassificationMetrics  # torchmetrics: predicting does without
@@ -87,6 +92,44 @@ class Classify(nn.Module):
         return ClassificationMetrics(self.labels)
 
 
+class ClassifyValidation:
+    """Loss, top-1 and each branch's own top-1, as sums over images (see tasks/validation.py)."""
+
+    score = "top1"
+
+    def __init__(self, task: Classify) -> None:
+        self._task = task
+        self._sums: dict[str, float] = {}
+
+    def add(self, outputs: dict[str, Tensor], targets: Tensor, real: Tensor) -> None:
+        """Logits (B, classes) by branch, labels (B,), and which of them count (B,)."""
+        labels = targets[real]
+        outputs = {name: logits[real] for name, logits in outputs.items()}
+        if not len(labels):
+            return
+        self._add("images", len(labels))
+        self._add("loss", float(self._task.loss(outputs, labels)["loss"]) * len(labels))
+        self._add("top1", _hits(mean_logits(outputs), labels))
+        if len(outputs) > 1:
+            for name, logits in outputs.items():
+                self._add(f"top1_{name}", _hits(logits, labels))
+
+    def state(self) -> dict[str, float]:
+        return self._sums
+
+    def compute(self, states: Sequence[dict[str, float]]) -> dict[str, float]:
+        sums = {name: sum(state.get(name, 0.0) for state in states) for name in dict.fromkeys(chain(*states))}
+        images = sums.pop("images", 0.0)
+        return {name: value / images for name, value in sums.items()}
+
+    def _add(self, name: str, value: float) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + value
+
+
 def mean_logits(outputs: dict[str, Tensor]) -> Tensor:
     """The model's answer: the mean of the branch logits."""
     return torch.stack(list(outputs.values())).mean(0)
+
+
+def _hits(logits: Tensor, labels: Tensor) -> int:
+    return int((logits.argmax(-1) == labels).sum())

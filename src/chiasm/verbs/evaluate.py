@@ -337,10 +337,10 @@ def _measure(
     predictor: Predictor, split: Split, targets: list[int], config: EvaluateConfig
 ) -> tuple[ClassificationScores, tuple[Case, ...], tuple[Case, ...], tuple[ImageError, ...]]:
     from chiasm.data.loader import eval_loader
-    from chiasm.data.transforms import eval_transform
+    from chiasm.data.samples import eval_samples
 
-    transform = eval_transform(predictor.info.preprocess)
-    loader = eval_loader(split, transform, batch_size=config.batch_size, workers=config.workers)
+    samples = eval_samples(split, "classify", predictor.info.preprocess)
+    loader = eval_loader(samples, batch_size=config.batch_size, workers=config.workers)
     metrics = predictor.task.metrics()
     mistakes, disagreements = _Top(max(LISTED, config.gallery)), _Top(max(LISTED, config.gallery))
     for images, _, places in _progress(loader, len(loader)):
@@ -408,6 +408,8 @@ def _illustrated(cases: Sequence[Case], split: Split) -> list[Illustrated]:
 
 def _history(run: Path | None) -> list[dict[str, float]]:
     """The lines of the run's metrics.csv; none when it is not there or not whole."""
+    from chiasm.tasks.validation import score_of
+
     if run is None:
         return []
     try:
@@ -415,5 +417,4 @@ def _history(run: Path | None) -> list[dict[str, float]]:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     except (OSError, ValueError, TypeError):
         return []
-    needed = {"epoch", "train_loss", "val_loss", "val_top1"}
-    return rows if all(needed <= set(row) for row in rows) else []
+    return rows if all({"epoch", "train_loss"} <= set(row) and score_of(row) for row in rows) else []

@@ -8,10 +8,13 @@ from chiasm.config import TrainConfig
 from chiasm.engine.checks import check_settings
 from chiasm.engine.run import TrainResult, run_training
 from chiasm.engine.run_folder import RunFolder, resumed_config
+from chiasm.tasks.validation import SCORES
 
 
 def train(**flags: Any) -> TrainResult:
-    """Train a classifier; the keyword arguments are the fields of `TrainConfig`, over the defaults of `recipe`.
+    """Train a model; the keyword arguments are the fields of `TrainConfig`, over the defaults of `recipe` and `task`.
+
+    Without a task it is what the data is annotated for.
 
     With `resume` the run goes on from its last complete checkpoint with its own settings; a finished run is left as it
     is and its result returned.
@@ -35,6 +38,10 @@ def train(**flags: Any) -> TrainResult:
         config = resumed_config(saved, flags)
     else:
         config = TrainConfig.from_flags(**flags)
+        if config.task == "auto":
+            from chiasm.data.formats import task_of
+
+            config = TrainConfig.from_flags(**(flags | {"task": task_of(str(config.data))}))
     check_settings(config)
     with Interrupt() as interrupt:
         return run_training(config, run, watch=watch, interrupt=interrupt, console=console)
@@ -46,7 +53,8 @@ def show(result: TrainResult, config: TrainConfig) -> int:
 
     console = Console(soft_wrap=True, markup=False, highlight=False)
     branches = ", ".join(f"{name} alone {value:.1%}" for name, value in result.branches.items())
-    console.print(f"best val top-1 {result.top1:.1%} (epoch {result.best_epoch} of {result.epochs})", style="bold")
+    best = f"best val {SCORES[result.metric]} {result.score:.1%}"
+    console.print(f"{best} (epoch {result.best_epoch} of {result.epochs})", style="bold")
     if branches:
         console.print(branches)
     console.print(f"{result.seconds / 60:.1f} minutes, {result.images_per_second:.0f} images/s")
