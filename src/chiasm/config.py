@@ -306,7 +306,7 @@ class CompareConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Config):
-    """Measure a trained model on labelled images: table, JSON and a self-contained HTML report."""
+    """Measure a trained model on annotated images: table, JSON and a self-contained HTML report."""
 
     model: str = _positional("model file, run folder or architecture's name")
     data: str | None = _positional("data as for train; default: what the run was trained on", None)
@@ -317,7 +317,8 @@ class EvaluateConfig(Config):
         "both", "of a coupled model: which branches answer; one alone is faster, without what the other gave it"
     )
     image_size: int | None = _flag(None, "side in pixels; default: the model's own")
-    batch_size: int = _flag(64, "images at a time")
+    zoom: float = _flag(1.0, "over 1: windows that overlap, of an image this much larger (segmenters)")
+    batch_size: int | None = _flag(None, "images at a time; default: 64 for classifiers, else 8")
     workers: int | None = _flag(None, "processes that read images; default: from the machine")
     device: str = _flag("auto", "auto, cpu, cuda, mps")
     out: str | None = _flag(None, "folder for report.html and metrics.json; default: evaluation/ beside the model")

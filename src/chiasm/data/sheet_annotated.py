@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from chiasm.data.annotated import IGNORE, AnnotatedData, MapSplit, ObjectSplit
+from chiasm.data.annotated import IGNORE, AnnotatedData, MapSplit, Objects, ObjectSplit
 from chiasm.data.sheet import save_sheet
 from chiasm.data.source import Split
 from chiasm.errors import ImageError
@@ -68,20 +68,25 @@ def _picture(split: Split, index: int) -> Image.Image:
     """One image, `_SIDE` wide and at most twice as high, with its annotation."""
     if isinstance(split, MapSplit):
         image, classes = split.sample(index)
-        picture = _shrink(image)
-        small = Image.fromarray(classes.numpy()).resize(picture.size, Image.Resampling.NEAREST)
-        return paint_map(picture, np.asarray(small), IGNORE)
-    image = split.read(index)
-    picture = _shrink(image)
-    if not isinstance(split, ObjectSplit):
-        return picture
-    objects = split.objects(index)
+        return draw_map(_shrink(image), classes.numpy())
+    picture = _shrink(split.read(index))
+    return draw_objects(picture, split.objects(index)) if isinstance(split, ObjectSplit) else picture
+
+
+def draw_objects(picture: Image.Image, objects: Objects) -> Image.Image:
+    """A copy of the image, whatever its size now, with the objects' masks and boxes on it."""
     colours = [colour_of(label) for label in objects.labels.tolist()]
     if objects.outlines:
         masks = (Image.fromarray(mask.numpy()).resize(picture.size) for mask in objects.masks())
         picture = paint_masks(picture, (np.asarray(mask) for mask in masks), colours)
     scale = torch.tensor([picture.width / objects.width, picture.height / objects.height] * 2)
     return paint_boxes(picture, (objects.boxes * scale).numpy(), colours, [""] * len(objects))
+
+
+def draw_map(picture: Image.Image, classes: np.ndarray) -> Image.Image:
+    """A copy of the image, whatever its size now, with the class map (H, W) uint8 on it; `IGNORE` stays grey."""
+    small = Image.fromarray(classes).resize(picture.size, Image.Resampling.NEAREST)
+    return paint_map(picture, np.asarray(small), IGNORE)
 
 
 def _shrink(image: torch.Tensor) -> Image.Image:
