@@ -23,10 +23,12 @@ from chiasm.config import Preprocess
 from chiasm.errors import ChiasmError, ModelFileError, nearest
 from chiasm.models import create_model, is_model, list_models
 from chiasm.models.checkpoints import input_channels
+from chiasm.models.heads import HEADS, with_head
 
 FORMAT = 1
 METADATA_KEY = "chiasm"
 RUN_FILE = "model.safetensors"
+TASKS = ("classify", *HEADS)
 TRAINING_SUFFIXES = (".ckpt", ".pth", ".pt", ".tar", ".bin")
 
 # Arguments of timm's create_model that reach for other files or the network: a model file never needs them.
@@ -40,7 +42,8 @@ class ModelInfo:
     Attributes:
         architecture: name as in `chiasm models --all`.
         model_args: arguments that build the model again, without `num_classes`; plain JSON values.
-        task: what the model does.
+        task: what the model does: 'classify', 'detect', 'instances' or 'segment'.
+        head: what stands on the architecture where the task is not 'classify': arguments of `chiasm.models.with_head`.
         labels: the class names in the order of the logits.
         preprocess: how an image becomes the input.
         data: what it was trained on, as it was named to `train`.
@@ -52,6 +55,7 @@ class ModelInfo:
     architecture: str
     model_args: dict[str, Any] = field(default_factory=dict)
     task: str = "classify"
+    head: dict[str, Any] = field(default_factory=dict)
     labels: tuple[str, ...]
     preprocess: Preprocess
     data: str | None = None
@@ -105,7 +109,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelInfo]:
             f"timm {timm.__version__}{hint}. Update both"
         )
     try:
-        model = create_model(info.architecture, num_classes=len(info.labels), **info.model_args)
+        model = _build(info)
     except (TypeError, ValueError, RuntimeError, ChiasmError) as error:
         reason = str(error).splitlines()[0]
         raise ModelFileError(
@@ -114,6 +118,13 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelInfo]:
     _check_fit(path, info.architecture, model.state_dict(), tensors)
     model.load_state_dict(tensors)
     return model.eval(), info
+
+
+def _build(info: ModelInfo) -> nn.Module:
+    if info.task == "classify":
+        return create_model(info.architecture, num_classes=len(info.labels), **info.model_args)
+    backbone = create_model(info.architecture, num_classes=0, **info.model_args)
+    return with_head(backbone, len(info.labels), task=info.task, architecture=info.architecture, **info.head)
 
 
 def resolve_model(ref: str | Path, **create_kwargs: Any) -> tuple[nn.Module, ModelInfo]:
@@ -251,7 +262,8 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> ModelInfo:
         info = ModelInfo(
             architecture=str(content["architecture"]),
             model_args=dict(content["model_args"]),
-            task=str(content["task"]),
+            task=_parse_task(content["task"]),
+            head=dict(content.get("head", {})),
             labels=tuple(str(label) for label in content["labels"]),
             preprocess=_parse_preprocess(content["preprocess"]),
             data=content["data"],
@@ -266,6 +278,12 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> ModelInfo:
     if refused:
         raise ModelFileError(f"{path}: its description asks for {', '.join(refused)}, which a model file may not.")
     return info
+
+
+def _parse_task(task: Any) -> str:
+    if task not in TASKS:
+        raise ValueError(f"task '{task}', expected one of {', '.join(TASKS)}")
+    return str(task)
 
 
 def _parse_preprocess(content: Mapping[str, Any]) -> Preprocess:

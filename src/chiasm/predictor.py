@@ -1,7 +1,7 @@
 """Images in, typed results out: what predict, evaluate and your own program use. No training code is imported.
 
 predictor = chiasm.load("runs/photos-conformer")
-predictor("cat.jpg")                              # [Classification]
+predictor("cat.jpg")                              # [Classification], or [Detections], or [Segmentation]
 for result in predictor.stream(many_paths): ...   # lazily: memory stays flat however many there are
 """
 
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -22,22 +23,33 @@ from torch import Tensor, nn
 
 from chiasm.data.images import read_image, to_rgb
 from chiasm.data.machine import cores
+from chiasm.data.placement import Placement
 from chiasm.data.transforms import eval_transform
+from chiasm.data.views import Viewer
 from chiasm.errors import ChiasmError, ImageError, ModelFileError
 from chiasm.inference import optimize
 from chiasm.model_file import ModelInfo, resolve_model
 from chiasm.models import set_input_size
-from chiasm.results import Classification
-from chiasm.tasks.classify import Classify
+from chiasm.results import Classification, Detections, Segmentation
+from chiasm.tasks import make_task
 
 if TYPE_CHECKING:
     from PIL import Image
 
     OneImage = str | os.PathLike[str] | Image.Image | Tensor | np.ndarray
 
+Result = Classification | Detections | Segmentation
+Seen = tuple[Tensor, list[Placement]]  # an image's canvases (K, C, h, w) and how it lies on them; [] for classification
+
 
 def load(
-    ref: str | os.PathLike[str], *, device: str = "auto", image_size: int | None = None, branches: str = "both"
+    ref: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    image_size: int | None = None,
+    branches: str = "both",
+    threshold: float = 0.0,
+    zoom: float = 1.0,
 ) -> Predictor:
     """The predictor of a model.
 
@@ -46,23 +58,29 @@ def load(
             `predictor.info.trained` is False.
         device: 'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', 'mps'.
         image_size: side of the square input in pixels; default: what the model was made for.
-        branches: of a coupled model, 'conv' or 'tokens' lets that one answer alone: the other is not run.
+        branches: of a coupled classifier, 'conv' or 'tokens' lets that one answer alone: the other is not run.
+        threshold: least score of the objects that a detector gives, 0..1.
+        zoom: 1 shows a segmenter the whole image at once; more, an image so many times as large in overlapping windows.
 
     Raises:
         ModelFileError, UnknownNameError: when `ref` names no model.
-        ChiasmError: for a device that is not here, a size that the model cannot take, or one without such branches.
+        ChiasmError: for a device that is not here, a size that the model cannot take, one without such branches, or a
+            setting out of its range.
     """
     model, info = resolve_model(os.fspath(ref))
-    return Predictor(model, info, device=device, image_size=image_size, branches=branches)
+    return Predictor(
+        model, info, device=device, image_size=image_size, branches=branches, threshold=threshold, zoom=zoom
+    )
 
 
 class Predictor:
     """A model ready to use.
 
     Args:
-        model: any timm model with `len(info.labels)` classes; answers come from `chiasm.optimize` of it.
+        model: any timm model with `len(info.labels)` classes, or one `with_head`; answers come from `chiasm.optimize`
+            of it.
         info: what a model file says of it.
-        device, image_size, branches: as for `load`.
+        device, image_size, branches, threshold, zoom: as for `load`.
 
     Attributes:
         info: architecture, labels, preprocessing (with `image_size` applied), and whether it was trained.
@@ -77,25 +95,33 @@ class Predictor:
         device: str = "auto",
         image_size: int | None = None,
         branches: str = "both",
+        threshold: float = 0.0,
+        zoom: float = 1.0,
     ) -> None:
+        if not 0 <= threshold <= 1:
+            raise ChiasmError(f"threshold is {threshold}: expected a score from 0 to 1.")
+        if not 1 <= zoom <= 64:
+            raise ChiasmError(f"zoom is {zoom}: expected 1 (the whole image at once) to 64.")
+        if zoom > 1 and info.task != "segment":
+            raise ChiasmError(f"zoom is {zoom}: windows are laid for segmentation; this model's task is '{info.task}'.")
         if image_size is not None:
             if image_size < 1:
                 raise ChiasmError(f"image_size is {image_size}: expected 1 or more.")
             size = (image_size, image_size)
             if size != info.preprocess.size:
-                set_input_size(model, size)
+                set_input_size(getattr(model, "backbone", model) if info.task != "classify" else model, size)
             info = replace(info, preprocess=replace(info.preprocess, size=size))
         if branches != "both":
             _use_branches(model, info.architecture, branches)
         self.info = info
         self.device = choose_device(device)
-        self._transform = eval_transform(info.preprocess)
-        self.task = Classify(optimize(model.eval().to(self.device)), info.labels).eval()
+        self._look = _look(info, zoom)
+        self.task = make_task(info.task, optimize(model.eval().to(self.device)), info.labels, threshold).eval()
         # bfloat16 is exact enough to decide and twice as fast on GPUs that have it; elsewhere it is slow.
         self._half = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
-    def __call__(self, images: OneImage | Sequence[OneImage], *, batch_size: int = 32) -> list[Classification]:
-        """Classify one image or several, in order.
+    def __call__(self, images: OneImage | Sequence[OneImage], *, batch_size: int = 32) -> list[Any]:
+        """The results of one image or several, in order.
 
         Args:
             images: paths; Pillow images; uint8 tensors (3, H, W); uint8 arrays (H, W, 3) or (H, W). One or a list.
@@ -105,18 +131,16 @@ class Predictor:
             ImageError: for the first image that cannot be read; `stream` goes on instead.
         """
         several: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
-        results: list[Classification] = []
+        results: list[Result] = []
         for start in range(0, len(several), batch_size):
             part = several[start : start + batch_size]
             names = [_name(image, start + i) for i, image in enumerate(part)]
-            pixels = [self._transform(_pixels(image, name)) for image, name in zip(part, names, strict=True)]
-            results += self.classify(torch.stack(pixels), names)
+            seen = [self._look(_pixels(image, name)) for image, name in zip(part, names, strict=True)]
+            results += self._answer(seen, names)
         return results
 
-    def stream(
-        self, paths: Iterable[str], *, batch_size: int = 32, workers: int | None = None
-    ) -> Iterator[Classification | ImageError]:
-        """Classify files one after the other, in the order of `paths`; lazy at both ends.
+    def stream(self, paths: Iterable[str], *, batch_size: int = 32, workers: int | None = None) -> Iterator[Any]:
+        """The results of files one after the other, in the order of `paths`; lazy at both ends.
 
         At most two batches are in memory, so `paths` may be endless. While the model works on a batch, threads read
         the next. Where a file cannot be read, its `ImageError` comes in the result's place.
@@ -133,20 +157,20 @@ class Predictor:
         source = iter(paths)
         pool = ThreadPoolExecutor(max(1, cores() if workers is None else workers), thread_name_prefix="chiasm-read")
 
-        def start_reading() -> list[tuple[str, Future[Tensor | ImageError]]]:
+        def start_reading() -> list[tuple[str, Future[Seen | ImageError]]]:
             return [(path, pool.submit(self._read, path)) for path in islice(source, batch_size)]
 
-        waiting: deque[list[tuple[str, Future[Tensor | ImageError]]]] = deque()
+        waiting: deque[list[tuple[str, Future[Seen | ImageError]]]] = deque()
         try:
             waiting.append(start_reading())
             while waiting and (batch := waiting.popleft()):
                 waiting.append(start_reading())
                 read = [(path, future.result()) for path, future in batch]
                 del batch
-                good = [(path, pixels) for path, pixels in read if isinstance(pixels, Tensor)]
-                results: Iterator[Classification] = iter(())
+                good = [(path, seen) for path, seen in read if not isinstance(seen, ImageError)]
+                results: Iterator[Result] = iter(())
                 if good:
-                    results = iter(self.classify(torch.stack([p for _, p in good]), [path for path, _ in good]))
+                    results = iter(self._answer([seen for _, seen in good], [path for path, _ in good]))
                 del good
                 outcomes = [item if isinstance(item, ImageError) else next(results) for _, item in read]
                 del read
@@ -155,8 +179,15 @@ class Predictor:
             pool.shutdown(wait=True, cancel_futures=True)
 
     @torch.inference_mode()
-    def classify(self, batch: Tensor, sources: Sequence[str]) -> list[Classification]:
-        """Preprocessed images, float32 (B, C, h, w), to results named after `sources`.
+    def answer(
+        self, batch: Tensor, sources: Sequence[str], placements: Sequence[Sequence[Placement]] = ()
+    ) -> list[Any]:
+        """Images as the network takes them, float32 (B, C, h, w), to results named after `sources`.
+
+        Args:
+            batch: the canvases, of each image one, of a segmenter's one or more.
+            sources: the images' names.
+            placements: per image how it lies on its canvases; a classifier does without.
 
         Raises:
             ModelFileError: when the model answers with numbers that are not finite.
@@ -164,20 +195,34 @@ class Predictor:
         batch = batch.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         with torch.autocast("cuda", dtype=torch.bfloat16) if self._half else nullcontext():
             outputs = self.task(batch)
-        for name, logits in outputs.items():
-            if not logits.isfinite().all():
-                raise ModelFileError(
-                    f"{self.info.architecture}: its output ({name}) is not finite; the weights are damaged or training "
-                    "diverged. Train again with a lower --lr, or take an earlier checkpoint."
-                )
-        return self.task.decode(outputs, sources)
+            named = outputs if isinstance(outputs, dict) else {self.info.task: outputs}
+            for name, values in named.items():
+                if not values.isfinite().all():
+                    raise ModelFileError(
+                        f"{self.info.architecture}: its output ({name}) is not finite; the weights are damaged or "
+                        "training diverged. Train again with a lower --lr, or take an earlier checkpoint."
+                    )
+            return self.task.decode(outputs, sources, placements)
 
-    def _read(self, path: str) -> Tensor | ImageError:
+    def _answer(self, seen: Sequence[Seen], sources: Sequence[str]) -> list[Any]:
+        return self.answer(
+            torch.cat([canvases for canvases, _ in seen]), sources, [placements for _, placements in seen]
+        )
+
+    def _read(self, path: str) -> Seen | ImageError:
         try:
-            return self._transform(read_image(path))
+            return self._look(read_image(path))
         except ImageError as error:
             # A fresh one: the caught one holds on to the frames, and the file's bytes, it was raised in.
             return ImageError(error.path, error.reason)
+
+
+def _look(info: ModelInfo, zoom: float) -> Callable[[Tensor], Seen]:
+    """From a decoded image, uint8 (3, H, W), to what the network takes."""
+    if info.task == "classify":
+        transform = eval_transform(info.preprocess)
+        return lambda pixels: (transform(pixels)[None], [])
+    return partial(Viewer(info.preprocess).windows, zoom=zoom)
 
 
 def _use_branches(model: Any, name: str, branches: str) -> None:

@@ -7,6 +7,7 @@ An image is resized, perhaps mirrored, and laid on a canvas; where it is larger 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+
+_STEP = 0.75  # from one window to the next at most, over its side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +45,14 @@ class Placement:
         x, y = x + self.offset[1], y + self.offset[0]
         return torch.stack((x[:, 0], y[:, 0], x[:, 1], y[:, 1]), dim=1)
 
-    def to_original(self, boxes: Tensor) -> Tensor:
-        """Boxes (N, 4) on the canvas in original pixels, clipped to the image."""
+    def to_original(self, boxes: Tensor, *, clip: bool = True) -> Tensor:
+        """Boxes (N, 4) on the canvas in original pixels, clipped to the image if asked for."""
         x, y = boxes[:, 0::2] - self.offset[1], boxes[:, 1::2] - self.offset[0]
         if self.mirrored:
             x = (self.resized[1] - x).flip(1)
-        x = (x / self._scale[1]).clamp(0, self.original[1])
-        y = (y / self._scale[0]).clamp(0, self.original[0])
+        x, y = x / self._scale[1], y / self._scale[0]
+        if clip:
+            x, y = x.clamp(0, self.original[1]), y.clamp(0, self.original[0])
         return torch.stack((x[:, 0], y[:, 0], x[:, 1], y[:, 1]), dim=1)
 
     def map_to_original(self, maps: Tensor) -> Tensor:
@@ -90,6 +94,30 @@ def letterbox(original: tuple[int, int], canvas: tuple[int, int]) -> Placement:
     resized = _scaled(original, scale, at_most=canvas)
     offset = ((canvas[0] - resized[0]) // 2, (canvas[1] - resized[1]) // 2)
     return Placement(original=original, resized=resized, offset=offset, canvas=canvas)
+
+
+def windows(original: tuple[int, int], canvas: tuple[int, int], *, zoom: float = 1.0) -> list[Placement]:
+    """The image `zoom` times as large as fits the canvas, seen through windows of its size.
+
+    Neighbouring windows share a quarter of their side or more, and all are evenly spaced. A zoom of 1 is `letterbox`.
+
+    Args:
+        original, canvas: height and width in pixels.
+        zoom: 1 or more.
+    """
+    whole = letterbox(original, canvas)
+    resized = _scaled(original, zoom * whole.resized[0] / original[0]) if zoom > 1 else whole.resized
+    starts = []
+    for side, room in zip(resized, canvas, strict=True):
+        count = 1 if side <= room else 1 + math.ceil((side - room) / (_STEP * room))
+        starts.append(
+            [(room - side) // 2] if count == 1 else [-round(i * (side - room) / (count - 1)) for i in range(count)]
+        )
+    return [
+        Placement(original=original, resized=resized, offset=(top, left), canvas=canvas)
+        for top in starts[0]
+        for left in starts[1]
+    ]
 
 
 def jitter(original: tuple[int, int], canvas: tuple[int, int], *, scale: tuple[float, float], flip: float) -> Placement:

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 from chiasm.config import Preprocess
 from chiasm.data.annotated import IGNORE, Objects
-from chiasm.data.placement import Placement, jitter, letterbox
+from chiasm.data.placement import Placement, jitter, letterbox, windows
 from chiasm.data.transforms import eval_transform, from_pillow, to_pillow
 from chiasm.errors import ChiasmError
 
@@ -157,6 +157,15 @@ class Viewer:
         if self._colours is not None:
             placed = from_pillow(self._colours(to_pillow(placed)))
         return self._normalise(placed)
+
+    def windows(self, image: Tensor, *, zoom: float = 1.0) -> tuple[Tensor, list[Placement]]:
+        """An image (3, H, W) uint8 without annotations: its canvases (K, C, h, w) float32, and how each lies on it.
+
+        K is 1 at a zoom of 1; see `chiasm.data.placement.windows`.
+        """
+        placements = windows((image.shape[-2], image.shape[-1]), self._canvas, zoom=zoom)
+        canvases = [self._normalise(placement.place(image, self._fill)) for placement in placements]
+        return torch.stack(canvases), placements
 
     def _place(self, image: Tensor) -> Placement:
         size = (image.shape[-2], image.shape[-1])

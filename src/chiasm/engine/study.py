@@ -340,7 +340,7 @@ class Study:
             preprocess = predictor.info.preprocess
             images = torch.zeros(SPEED_BATCH, len(preprocess.mean), *preprocess.size)
 
-            works[label] = partial(predictor.classify, images, [""] * SPEED_BATCH)
+            works[label] = partial(predictor.answer, images, [""] * SPEED_BATCH)
         seconds: dict[str, list[float]] = {label: [] for label in works}
         watch = Stopwatch()
         for number, found in enumerate(islice(interleaved(works), SPEED_WARM + SPEED_ROUNDS)):

@@ -44,7 +44,7 @@ class Answers:
     def __iter__(self) -> Iterator[tuple[int, Classification]]:
         for images, _, places in self._loader:
             indices = places.tolist()
-            results = self._predictor.classify(images, [self._loader.split.sources[i] for i in indices])
+            results = self._predictor.answer(images, [self._loader.split.sources[i] for i in indices])
             yield from zip(indices, results, strict=True)
 
 

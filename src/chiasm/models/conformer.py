@@ -417,6 +417,27 @@ class Conformer(nn.Module):
             return maps
         return self._leave(x, tokens), maps
 
+    def branch_info(self) -> dict[str, list[dict[str, Any]]]:
+        """Channels ('num_chs') and stride ('reduction') of the maps that `forward_branch_maps` gives, by branch."""
+        tokens = [{"num_chs": self.config.dim, "reduction": self.config.patch}]
+        info = {"conv": self.feature_info, "tokens": tokens}
+        return {name: info[name] for name in self.branches}
+
+    def forward_branch_maps(self, x: Tensor) -> dict[str, list[Tensor]]:
+        """Image -> the maps of each branch, from fine to coarse: the levels of `feature_info`, and the last tokens.
+
+        Sizes are ceil(H / stride) x ceil(W / stride), padding cropped away.
+        """
+        size = x.shape[-2:]
+        if self.branches == ("tokens",):
+            tokens, grid = self.forward_features(x)[-1], (-(-size[0] // self.config.patch), -1)
+            return {"tokens": [tokens_to_map(tokens[:, 1:], grid)]}
+        features, maps = self.forward_intermediates(x)
+        if self.branches == ("conv",):
+            return {"conv": maps}
+        grid = -(-size[0] // self.config.patch), -(-size[1] // self.config.patch)
+        return {"conv": maps, "tokens": [tokens_to_map(features[-1][:, 1:], grid)]}
+
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:

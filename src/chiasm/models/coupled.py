@@ -233,6 +233,18 @@ class Coupled(nn.Module):
         maps = [seen[self.level_steps[i]] for i in taken]
         return maps if intermediates_only else (features, maps)
 
+    def branch_info(self) -> dict[str, list[dict[str, Any]]]:
+        """Channels ('num_chs') and stride ('reduction') of the maps that `forward_branch_maps` gives, by branch."""
+        levels = zip(self.level_steps, self.feature_info, strict=True)
+        tokens = {"num_chs": self.token_steps.dim, "reduction": self.token_steps.patch[0]}
+        return {"conv": [info for step, info in levels if step >= 0], "tokens": [tokens]}
+
+    def forward_branch_maps(self, x: Tensor) -> dict[str, list[Tensor]]:
+        """Image -> the maps of each branch, from fine to coarse: the convolutional levels, and the last tokens."""
+        seen: dict[int, Tensor] = {}
+        self._run(x, seen)
+        return {"conv": [seen[step] for step in self.level_steps if step >= 0], "tokens": [seen[-1]]}
+
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:

@@ -65,8 +65,13 @@ class Classify(nn.Module):
         }
         return {"loss": torch.stack(list(terms.values())).mean(), **terms}
 
-    def decode(self, outputs: dict[str, Tensor], sources: Sequence[str]) -> list[Classification]:
-        """Logits to typed results, one per image; the only place where logits become probabilities."""
+    def decode(
+        self, outputs: dict[str, Tensor], sources: Sequence[str], placements: Sequence[object] = ()
+    ) -> list[Classification]:
+        """Logits to typed results, one per image; the only place where logits become probabilities.
+
+        `placements`, where the image lies in the network's input, say nothing about its class.
+        """
         fused = mean_logits(outputs).float().softmax(-1).cpu().numpy()
         branches = {name: logits.float().softmax(-1).cpu().numpy() for name, logits in outputs.items()}
         if len(branches) == 1:

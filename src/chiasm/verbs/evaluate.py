@@ -123,7 +123,14 @@ def evaluate(**flags: Any) -> EvaluationResult:
     for content in notes:
         _log.warning("%s", content)
 
-    predictor = Predictor(model, info, device=config.device, image_size=config.image_size, branches=config.branches)
+    predictor = Predictor(
+        model,
+        info,
+        device=config.device,
+        image_size=config.image_size,
+        branches=config.branches,
+        zoom=config.zoom,
+    )
     start = time.perf_counter()
     measured = _measure(predictor, data, splits, lookup, config)
     speed = measured.images / (time.perf_counter() - start)
