@@ -14,6 +14,7 @@ from chiasm.tasks.detect_metrics import COCO_LIMIT, DetectionScores
 
 # Classes in the figure of classes; with more, the weakest are shown and all are in the table.
 CLASSES_SHOWN = 25
+TO_JUDGE = 10  # objects that a class must have to be called the hardest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ def _meaning(scores: DetectionScores) -> list[str]:
         "class and overlap the object (intersection over union) by 50 % or more. Another threshold trades one kind of "
         "mistake for the other; average precision looks at all of them.",
     ]
-    known = [score for score in scores.main.classes if score.ap is not None]
+    known = [score for score in scores.main.classes if score.ap is not None and score.objects >= TO_JUDGE]
     if len(known) > 1:
         weakest = min(known, key=lambda score: score.ap or 0.0)
         sentences.append(
@@ -127,7 +128,7 @@ def _overlaps(scores: DetectionScores) -> list[Html]:
         "Small objects are below 32 × 32 pixels, large ones above 96 × 96. AR is the share of the objects found where "
         "the score does not matter. A dash: no object of that size."
     )
-    return [columns(drawing, Html(numbers + said))]
+    return [numbers, columns(drawing, said)]
 
 
 def _by_class(scores: DetectionScores) -> list[Html]:
