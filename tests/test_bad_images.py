@@ -221,10 +221,10 @@ def test_inside_a_loader(workers: int, cache: bool, tmp_path: Path) -> None:
 def test_none_readable(tmp_path: Path, workers: int) -> None:
     split = FileSplit([write(tmp_path, f"{i}.jpg", b"") for i in range(3)], [0, 1, 0])
     preprocess = Preprocess(size=(8, 8))
+    samples = LabelledSamples(split, train_transform(TrainConfig(data="x"), preprocess))
     with pytest.raises(
         DataError, match=r"^none of the 3 training images can be read; the first: .*jpg.*0 bytes"
     ) as told:
-        samples = LabelledSamples(split, train_transform(TrainConfig(data="x"), preprocess))
         list(train_loader(samples, batch_size=2, workers=workers))
     assert "\n" not in str(told.value)
     samples = LabelledSamples(split, eval_transform(preprocess))

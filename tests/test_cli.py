@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from chiasm.cli import VERBS, main
-from chiasm.config import RECIPES, TrainConfig
+from chiasm.config import RECIPES, TASK_DEFAULTS, TrainConfig
 from chiasm.errors import ChiasmError, UnknownNameError
 
 
@@ -41,6 +41,24 @@ def test_recipes_set_what_their_table_says_and_flags_win(recipe: str, capsys: py
     printed = _settings(capsys, "train", "photos", "--recipe", recipe, "--lr", "0.123")
     for name, value in (RECIPES[recipe] | {"lr": 0.123}).items():
         assert printed[name] == value
+
+
+@pytest.mark.parametrize("task", TASK_DEFAULTS)
+def test_tasks_set_what_their_table_says_over_the_recipe_and_flags_win(
+    task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = _settings(capsys, "train", "photos", "--task", task, "--recipe", "finetune", "--lr", "0.123")
+    for name, value in (RECIPES["finetune"] | TASK_DEFAULTS[task] | {"lr": 0.123}).items():
+        assert printed[name] == value
+    assert TrainConfig.from_flags(data="photos", task=task, image_size=None).image_size == 512
+    assert TrainConfig.from_flags(data="photos", task=task, image_size=320).image_size == 320
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_classification_has_the_recipe_alone(recipe: str) -> None:
+    auto, classify = (TrainConfig.from_flags(data="x", recipe=recipe, task=task) for task in ("auto", "classify"))
+    assert auto.to_dict() | {"task": "classify"} == classify.to_dict()
+    assert classify == TrainConfig(data="x", recipe=recipe, task="classify", **RECIPES[recipe])
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_recipe(

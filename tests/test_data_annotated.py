@@ -17,6 +17,7 @@ from chiasm.cli import main
 from chiasm.config import DataConfig
 from chiasm.data import open_data
 from chiasm.data.annotated import IGNORE, AnnotatedData
+from chiasm.data.formats import task_of
 from chiasm.errors import ChiasmError, DataError
 from chiasm.results.masks import decode_mask, encode_mask
 from chiasm.verbs import data as verb
@@ -186,6 +187,39 @@ def test_run_lengths_there_and_back() -> None:
     for _ in range(40):
         mask = rng.random(rng.integers(1, 30, 2)) < rng.random()
         assert np.array_equal(decode_mask(encode_mask(mask), *mask.shape), mask)
+
+
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "COCO with masks": coco,
+    "COCO, one file": lambda root: coco(root) / "annotations" / "instances_train2017.json",
+    "COCO with run lengths": lambda root: coco(root, annotation(segmentation=runs(rectangle(CAT)))),
+    "COCO with boxes": lambda root: coco(root, strip_masks) / "annotations" / "instances_train2017.json",
+    "COCO, one split with masks": lambda root: coco(root, strip_masks),
+    "VOC": voc,
+    "YOLO": yolo,
+    "YOLO, data.yaml": lambda root: yolo(root) / "data.yaml",
+    "YOLO with a polygon": lambda root: yolo(root, "0 0.1 0.1 0.5 0.1 0.5 0.5"),
+    "YOLO with a broken line": lambda root: yolo(root, "0 0.1 0.1 0.5 0.1 0.5 0.5 0.5 0.5 0.5"),
+    "masks": masks,
+    "classes": lambda root: picture(picture(root / "cat" / "0.png").parents[1] / "dog" / "0.png", seed=1).parents[1],
+    "nothing": lambda root: root / "nowhere",
+}
+
+
+def strip_masks(content: dict[str, Any]) -> None:
+    for number, entry in enumerate(content["annotations"]):
+        entry["segmentation"] = [[], None, {}][number % 3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_task_is_told_by_the_format(kind: str, tmp_path: Path) -> None:
+    path = KINDS[kind](tmp_path / "set")
+    expected = open_data(str(path), strict=False).task if path.exists() else "classify"
+    assert task_of(str(path)) == expected
+
+
+def test_data_by_name_has_classes() -> None:
+    assert {task_of(spec) for spec in ("scenes", "hf:uoft-cs/cifar10", "torchvision:CIFAR10", "x.csv")} == {"classify"}
 
 
 def test_crowds_and_difficult_objects_are_marked(tmp_path: Path) -> None:
@@ -531,7 +565,11 @@ def test_what_cannot_be_used_is_refused_in_one_line(case: str, tmp_path: Path) -
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("words", [["train"], ["evaluate", "conformer_nano_patch4_32"]])
+@pytest.mark.parametrize(
+    "words",
+    [["evaluate", "conformer_nano_patch4_32"], ["compare", "--models", "test_vit", "test_convnext", "--data"]],
+    ids=["evaluate", "compare"],
+)
 def test_a_classifier_on_boxes_is_refused(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, str(coco(tmp_path / "cells"))]) == 2
     assert "cells: annotated for 'instances', here 'classify' is needed" in capsys.readouterr().err

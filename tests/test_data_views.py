@@ -190,7 +190,7 @@ def test_colours_change_in_training_alone_and_what_is_in_the_image_stays() -> No
     image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)
     before = image.clone()
     objects = of_objects(torch.tensor([[2.0, 3, 20, 30]]), (40, 60))
-    canvas = Preprocess(size=(32, 48), mean=(0, 0, 0), std=(1, 1, 1))
+    canvas = Preprocess(size=(32, 48), mean=(0.0,) * 3, std=(1.0,) * 3)
     plain = Viewer(canvas, scale=(1, 1), flip=0)
     colourful = Viewer(canvas, scale=(1, 1), flip=0, color_jitter=0.4)
     views = []

@@ -55,8 +55,16 @@ def _matrix(count: int) -> list[list[int]]:
     return [[9 if i == j else (i + j) % 2 for j in range(count)] for i in range(count)]
 
 
+def _history_of_objects(epochs: int) -> list[dict[str, float]]:
+    """Without a validation loss."""
+    names = ("ap", "ap50", "mask_ap", "mask_ap50")
+    scores = [{f"val_{name}": (1 - 1 / e) / n for n, name in enumerate(names, 1)} for e in range(1, epochs + 1)]
+    return [{"epoch": e, "train_loss": 2 / e, **found} for e, found in enumerate(scores, 1)]
+
+
 FIGURES = {
     "curves": lambda: plots.curves(_history(30)),
+    "curves of objects": lambda: plots.curves(_history_of_objects(8)),
     "curves of one epoch": lambda: plots.curves(_history(1)),
     "confusion": lambda: plots.confusion([NASTY, "dog", "owl"], _matrix(3)),
     "confusion of a class without images": lambda: plots.confusion(["cat", "dog"], [[0, 0], [1, 2]]),
@@ -80,6 +88,15 @@ def test_figures_are_vector_graphics_in_the_theme(name: str) -> None:
 
 def test_figures_are_the_same_each_time() -> None:
     assert plots.svg(FIGURES["confusion"]()) == plots.svg(FIGURES["confusion"]())
+
+
+def test_curves_name_the_score_that_chooses_and_its_best_epoch() -> None:
+    title = plots.curves(_history(4)).axes[1].get_title(loc="left")
+    assert title == "Validation top-1: best 75.0%, epoch 4"
+    losses, scores = plots.curves(_history_of_objects(4)).axes
+    assert scores.get_title(loc="left") == "Validation mask AP: best 25.0%, epoch 4"
+    told = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in (losses, scores)]
+    assert told == [["training"], ["AP", "AP50", "mask AP50", "mask AP"]]
 
 
 def test_figures_are_pictures_as_well(tmp_path: Path) -> None:

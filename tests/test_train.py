@@ -412,6 +412,28 @@ def test_shares_cover_the_split_in_equal_parts(count: int, world_size: int) -> N
     assert len({label for share in shares for label in share}) == world_size * (count // world_size)
 
 
+def test_a_run_from_before_there_were_tasks_goes_on(train: Callable[..., TrainResult], tmp_path: Path) -> None:
+    """Its settings have no task and its checkpoint a best top-1; here it was stopped after one epoch of two."""
+    first = train(epochs=1)
+    run = RunFolder(Path(first.run))
+    known = yaml.safe_load(run.config.read_text())
+    assert known["task"] == "classify"
+    new = ("task", "head", "head_args", "maps", "anchors", "frozen_bn", "scale_jitter", "color_jitter", "dice")
+    old = {name: value for name, value in known.items() if name not in (*new, "ignore_index")}
+    run.config.write_text(yaml.safe_dump(old | {"epochs": 2}))
+    checkpoint = read_checkpoint(run.last)
+    state = checkpoint["chiasm"]
+    state["best_top1"], state["finished"] = state.pop("best_score"), False
+    torch.save(checkpoint, run.last)
+    run.summary.unlink()
+    result = chiasm.train(resume=first.run, task="auto")
+    assert result.epochs == 2
+    assert result.score == max(row["val_top1"] for row in rows(first.run))
+    assert result.metric == "top1"
+    assert read_checkpoint(run.last)["chiasm"]["best_score"] == result.score
+    assert chiasm.train(resume=first.run).score == result.score
+
+
 # ------------------------------------------------------------------------------------------------------ what goes wrong
 
 
@@ -536,6 +558,13 @@ MISTAKES: list[tuple[dict[str, Any], type[ChiasmError], str]] = [
     ({"pretrained": True, "weights": "x.pth"}, ChiasmError, "give one of them"),
     ({"freeze": ["block"]}, UnknownNameError, "did you mean blocks"),
     ({"image_size": 4}, ChiasmError, "4 ?(x4)? ?px"),
+    ({"scale_jitter": [2, 1], "task": "detect"}, ChiasmError, r"scale_jitter is \[2.0, 1.0\]: expected two numbers"),
+    ({"scale_jitter": [1]}, ChiasmError, r"scale_jitter is \[1.0\]: expected two numbers"),
+    ({"color_jitter": 1.5}, ChiasmError, "color_jitter is 1.5: expected 0 to 1"),
+    ({"task": "dettect"}, UnknownNameError, "did you mean detect"),
+    ({"task": "segment"}, DataError, "not annotated for --task segment; expected folders images and masks"),
+    ({"head": "unet"}, ChiasmError, "head is unet: for boxes, masks and class maps alone"),
+    ({"ignore_index": 300}, ChiasmError, "ignore_index is 300: expected 0 to 255"),
     ({"resume": "nowhere"}, ChiasmError, "nowhere: not a run folder"),
 ]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from chiasm.config import Preprocess, TrainConfig
 from chiasm.data import ImageData
+from chiasm.data.annotated import AnnotatedData
 from chiasm.engine.freeze import freeze
 from chiasm.errors import ChiasmError, UnknownNameError
 from chiasm.model_file import ModelInfo, preprocess_of
@@ -34,6 +35,7 @@ def build_task(config: TrainConfig, data: ImageData, *, load: bool = True) -> tu
     if config.task != "classify":
         from chiasm.engine.dense import build_dense
 
+        assert isinstance(data, AnnotatedData)
         return build_dense(config, data, load=load)
     model, model_args, loaded = build_model(config, len(data.classes), load=load)
     preprocess = preprocess_of(model, config.image_size)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from chiasm.config import Preprocess, TrainConfig
 from chiasm.data.annotated import IGNORE, AnnotatedData
-from chiasm.data.source import TRAIN
+from chiasm.data.source import TRAIN, ImageData
 from chiasm.engine.build import build_model, check_size
 from chiasm.engine.freeze import freeze
 from chiasm.errors import ChiasmError, DataError, ImageError
@@ -27,16 +27,14 @@ if TYPE_CHECKING:
 _COUNTED = 200  # class maps whose pixels are counted for the weights of the classes
 
 
-def build_dense(
-    config: TrainConfig, data: AnnotatedData, *, load: bool = True
-) -> tuple[Detect | Segment, ModelInfo, str]:
+def build_dense(config: TrainConfig, data: ImageData, *, load: bool = True) -> tuple[Detect | Segment, ModelInfo, str]:
     """What `config` says, for the classes and objects of `data`.
 
     Args:
         load: whether to fetch the weights that training starts from; a resumed run has its own.
 
     Returns:
-        The task, what its model file will say, and what was loaded in words ('' for nothing).
+        The task, what its model file will say of the model, and what was loaded in words ('' for nothing).
 
     Raises:
         ChiasmError: for a head, an argument or a size that cannot be, or weights that cannot be had.
@@ -44,6 +42,7 @@ def build_dense(
     from chiasm.tasks.detect import Detect
     from chiasm.tasks.segment import Segment
 
+    assert isinstance(data, AnnotatedData)
     own = dict(config.model_args)
     if config.model in swin.SIZES:
         own.setdefault("out_norms", True)  # as in the authors' detectors (arXiv 2103.14030, section 4.2)
@@ -67,10 +66,6 @@ def build_dense(
         head=head,
         labels=data.classes,
         preprocess=preprocess,
-        data=config.data,
-        seed=config.seed,
-        val_fraction=config.val_fraction,
-        fingerprint=data.fingerprint(),
     )
     built: Any = model
     if config.task == "segment":

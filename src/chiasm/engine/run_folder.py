@@ -169,7 +169,7 @@ def resumed_config(saved: TrainConfig, given: dict[str, Any]) -> TrainConfig:
         ChiasmError: for a setting that would change the result.
     """
     own = saved.to_dict()
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None and (name, value) != ("task", "auto")}
     now = TrainConfig.from_flags(**given).to_dict()
     changed = [name for name in given if name not in FREE_ON_RESUME and now[name] != own[name]]
     if changed:

@@ -44,8 +44,8 @@ class Detector(nn.Module):
         backbone: a timm model.
         maps: which of its maps are read.
         num_classes: classes, without a background.
-        channels: of every level of the pyramid, a multiple of 32; default: 256, and 128 for backbones whose deepest map
-            has fewer than 512 channels.
+        channels: of every level of the pyramid, a multiple of 32 from 64; default: 256, and 128 for backbones whose
+            deepest map has fewer than 512 channels.
         extra: what makes the levels beyond the backbone's.
 
     Raises:
@@ -59,8 +59,8 @@ class Detector(nn.Module):
         super().__init__()
         self.backbone, self.maps, self.num_classes = backbone, maps, num_classes
         self.channels = channels or (256 if maps.channels[-1] >= 512 else 128)
-        if self.channels % 32:
-            raise ChiasmError(f"channels is {self.channels}: expected a multiple of 32, such as 128.")
+        if self.channels % 32 or self.channels < 64:
+            raise ChiasmError(f"channels is {self.channels}: expected a multiple of 32 from 64, such as 128.")
 
     def forward(self, images: Tensor) -> Pyramid:
         """Images (B, C, H, W) -> levels (B, channels, h, w) by name, from fine to coarse, and the images as 'image'."""

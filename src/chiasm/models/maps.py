@@ -24,7 +24,7 @@ class Level(NamedTuple):
     """One map of a backbone."""
 
     branch: str
-    index: int
+    place: int
     channels: int
     stride: int
 
@@ -57,7 +57,7 @@ class Maps:
             levels = [level for level in levels if level.branch == ("conv" if choice == "auto" else choice)]
         branches = list(dict.fromkeys(level.branch for level in levels))
         self._plan = [[_nearest(levels, branch, stride) for branch in branches] for stride in self.strides]
-        self._needed = sorted({level.index for picked in self._plan for level in picked})
+        self._needed = sorted({level.place for picked in self._plan for level in picked})
         self._normalised = len({level.stride for level in levels}) == 1  # a plain Transformer's last norm
         self.channels = [sum(level.channels for level in picked) for picked in self._plan]
 
@@ -79,7 +79,7 @@ class Maps:
         given = []
         for stride, picked in zip(self.strides, self._plan, strict=True):
             size = (-(-height // stride), -(-width // stride))
-            parts = [resize_map(seen[level.branch, level.index], size) for level in picked]
+            parts = [resize_map(seen[level.branch, level.place], size) for level in picked]
             given.append(parts[0] if len(parts) == 1 else cat(parts, dim=1))
         return given
 

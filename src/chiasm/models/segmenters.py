@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,8 +31,8 @@ class Segmenter(nn.Module):
         maps: which of its maps are read.
         num_classes: classes.
         decoder: see the top of this file.
-        channels: width of the decoder, a multiple of 32; default: 256, and 128 for backbones whose deepest map has
-            fewer than 512 channels.
+        channels: width of the decoder, a multiple of 32 from 64; default: 256, and 128 for backbones whose deepest
+            map has fewer than 512 channels.
 
     Raises:
         ChiasmError: for a number of channels that cannot be.
@@ -49,8 +50,8 @@ class Segmenter(nn.Module):
         super().__init__()
         self.backbone, self.maps, self.num_classes, self.kind = backbone, maps, num_classes, decoder
         width = channels or (256 if maps.channels[-1] >= 512 else 128)
-        if width % 32:
-            raise ChiasmError(f"channels is {width}: expected a multiple of 32, such as 128.")
+        if width % 32 or width < 64:
+            raise ChiasmError(f"channels is {width}: expected a multiple of 32 from 64, such as 128.")
         self.decoder, out = _decoder(decoder, maps.channels, width)
         self.classify = nn.Conv2d(out, num_classes, kernel_size=1)
 
@@ -64,7 +65,8 @@ class Segmenter(nn.Module):
         rows, columns = padded.shape[-2:]
         none = [padded.new_empty(len(padded), 0, rows // stride, columns // stride) for stride in (1, 2)]
         logits = self.classify(self.decoder([*none, *maps]))
-        logits = F.interpolate(logits.float(), size=(rows, columns), mode="bilinear", align_corners=False)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = F.interpolate(logits, size=(rows, columns), mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
 
     def get_classifier(self) -> list[nn.Module]:
@@ -88,7 +90,7 @@ def _decoder(kind: str, channels: list[int], width: int) -> tuple[nn.Module, int
     if kind == "upernet":
         return UPerNetDecoder(encoder, encoder_depth=5, decoder_channels=width), width
     if kind == "fpn":
-        own = FPNDecoder(encoder, encoder_depth=5, pyramid_channels=width, segmentation_channels=width // 2)
+        own = FPNDecoder(encoder, encoder_depth=5, pyramid_channels=width, segmentation_channels=32 * -(-width // 64))
         return own, own.out_channels
     if kind == "deeplabv3plus":
         own = DeepLabV3PlusDecoder(

@@ -147,10 +147,10 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> np.ndarr
     for i, (mask, (left, top, right, bottom)) in enumerate(zip(masks, boxes.tolist(), strict=True)):
         rows = slice(max(0, int(top)), min(height, int(bottom) + 1))
         columns = slice(max(0, int(left)), min(width, int(right) + 1))
+        if rows.start >= rows.stop or columns.start >= columns.stop:
+            continue
         y = (torch.arange(rows.start, rows.stop) + 0.5 - top) / max(bottom - top, 1e-6) * 2 - 1
         x = (torch.arange(columns.start, columns.stop) + 0.5 - left) / max(right - left, 1e-6) * 2 - 1
-        if not len(x) or not len(y):
-            continue
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None]
         inside = F.grid_sample(mask[None, None], grid, align_corners=False)[0, 0] >= 0.5
         pasted[i, rows, columns] = inside.numpy()

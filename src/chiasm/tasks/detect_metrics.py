@@ -280,7 +280,8 @@ class DetectionMetrics:
             areas = image.areas
             if found:
                 # Of what is compared, masks or boxes: detections of nothing count for the size they have.
-                areas = boxes[:, 2] * boxes[:, 3] if kind == "bbox" else coco_mask.area(list(outlines))
+                # One by one: pycocotools counts the masks of a list in eight bits.
+                areas = boxes[:, 2] * boxes[:, 3] if kind == "bbox" else np.array([coco_mask.area(o) for o in outlines])
             for i in range(len(boxes)):
                 annotation = {
                     "id": len(annotations) + 1,

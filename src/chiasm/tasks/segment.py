@@ -59,7 +59,8 @@ class Segment(nn.Module):
 
         `targets` (B, H, W) are class indices, or `IGNORE`.
         """
-        logits, known = outputs.float(), targets != IGNORE
+        known = targets != IGNORE
+        logits = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         entropy = F.cross_entropy(
             logits, targets, weight=self.class_weights, ignore_index=IGNORE, reduction="sum",
             label_smoothing=self.label_smoothing,
