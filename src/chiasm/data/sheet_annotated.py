@@ -81,7 +81,7 @@ def _picture(split: Split, index: int) -> Image.Image:
         masks = (Image.fromarray(mask.numpy()).resize(picture.size) for mask in objects.masks())
         picture = paint_masks(picture, (np.asarray(mask) for mask in masks), colours)
     scale = torch.tensor([picture.width / objects.width, picture.height / objects.height] * 2)
-    return paint_boxes(picture, (objects.boxes * scale).numpy(), colours, [""] * len(objects))
+    return paint_boxes(picture, (objects.boxes * scale).numpy(), colours)
 
 
 def _shrink(image: torch.Tensor) -> Image.Image:
