@@ -112,7 +112,7 @@ def test_a_label_hides_no_better_one() -> None:
     places = place_labels((640, 480), boxes, texts)
     assert places[0] is None
     assert places[1] is not None
-    assert place_labels((640, 480), boxes + [[0, 0, 0, 0], [0, 100, 0, 100]], texts).count(None) == 0
+    assert place_labels((640, 480), boxes + np.array([[0], [100]]), texts).count(None) == 0
     (right,) = place_labels((640, 480), np.array([[630.0, 60, 640, 70]]), ["long name 50%"])
     assert right is not None
     assert right[2] <= 640
