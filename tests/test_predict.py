@@ -26,8 +26,8 @@ from chiasm.data.transforms import eval_transform
 from chiasm.errors import ChiasmError, DataError, ImageError, ModelFileError
 from chiasm.model_file import ModelInfo, load_model, preprocess_of, save_model
 from chiasm.predictor import Predictor, load
+from chiasm.report import predictions
 from chiasm.results import Classification
-from chiasm.verbs import predict as verb
 
 NANO = "conformer_nano_patch4_32"
 LABELS = ("apple", "pear", "plum, dried", "quince")
@@ -266,7 +266,7 @@ def test_csv_columns(model_file: str, photos: list[str], capsys: pytest.CaptureF
 def test_the_table_says_all_of_each_image(
     model_file: str, photos: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "TABLE_ROWS", 2)  # pieces of two rows: five images make three
+    monkeypatch.setattr(predictions, "TABLE_ROWS", 2)  # pieces of two rows: five images make three
     assert main(["predict", model_file, *photos]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("image ") for line in lines) == 3

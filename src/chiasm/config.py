@@ -328,14 +328,20 @@ class EvaluateConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(Config):
-    """Classify images: files, folders, globs, or '-' for a list of paths on stdin."""
+    """Classes, objects or class maps of images and videos: files, folders, globs, or '-' for paths on stdin."""
 
     model: str = _positional("model file, run folder or architecture's name")
-    images: list[str] = _positional("files, folders, globs, or - to read paths from stdin")
-    format: Literal["table", "jsonl", "csv"] = _flag("table", "table, jsonl or csv")
+    images: list[str] = _positional("images or videos: files, folders, globs, or - to read paths from stdin")
+    format: Literal["table", "jsonl", "csv", "coco"] = _flag("table", "table, jsonl, csv, or coco (detectors)")
     out: str | None = _flag(None, "write to this file instead of the terminal")
-    draw: str | None = _flag(None, "folder for pictures with the result drawn on them")
-    top: int = _flag(3, "classes listed per image")
+    draw: str | None = _flag(None, "folder for pictures, and videos, with the result drawn on them")
+    masks: str | None = _flag(
+        None, "folder for PNGs: class maps of a segmenter, numbered objects of a detector with masks"
+    )
+    top: int = _flag(3, "classes listed per image (classifiers)")
+    threshold: float = _flag(0.5, "least score of an object, 0 to 1 (detectors)")
+    zoom: float = _flag(1.0, "over 1: windows that overlap, of an image this much larger (segmenters)")
+    every: int = _flag(1, "of a video: each n-th frame")
     branches: Literal["both", "conv", "tokens"] = _flag(
         "both", "of a coupled model: which branches answer; one alone is faster, without what the other gave it"
     )

@@ -30,7 +30,7 @@ from chiasm.errors import ChiasmError, ImageError, ModelFileError
 from chiasm.inference import optimize
 from chiasm.model_file import ModelInfo, resolve_model
 from chiasm.models import set_input_size
-from chiasm.results import Classification, Detections, Segmentation
+from chiasm.results import Result
 from chiasm.tasks import make_task
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     OneImage = str | os.PathLike[str] | Image.Image | Tensor | np.ndarray
 
-Result = Classification | Detections | Segmentation
 Seen = tuple[Tensor, list[Placement]]  # an image's canvases (K, C, h, w) and how it lies on them; [] for classification
 
 
@@ -139,14 +138,17 @@ class Predictor:
             results += self._answer(seen, names)
         return results
 
-    def stream(self, paths: Iterable[str], *, batch_size: int = 32, workers: int | None = None) -> Iterator[Any]:
-        """The results of files one after the other, in the order of `paths`; lazy at both ends.
+    def stream(
+        self, images: Iterable[str | tuple[str, Tensor]], *, batch_size: int = 32, workers: int | None = None
+    ) -> Iterator[Any]:
+        """The results of files one after the other, in the order of `images`; lazy at both ends.
 
-        At most two batches are in memory, so `paths` may be endless. While the model works on a batch, threads read
+        At most two batches are in memory, so `images` may be endless. While the model works on a batch, threads read
         the next. Where a file cannot be read, its `ImageError` comes in the result's place.
 
         Args:
-            paths: files' paths; taken at most `2 * batch_size` ahead of what has been given out.
+            images: files' paths, or names with pixels, uint8 (3, H, W), such as a video's frames; taken at most
+                `2 * batch_size` ahead of what has been given out.
             batch_size: images that go through the model at a time.
             workers: threads that read; default: one per core.
         """
@@ -154,11 +156,12 @@ class Predictor:
             raise ChiasmError(f"batch_size is {batch_size}: expected 1 or more.")
         if workers is not None and workers < 0:
             raise ChiasmError(f"workers is {workers}: expected 0 or more.")
-        source = iter(paths)
+        source = iter(images)
         pool = ThreadPoolExecutor(max(1, cores() if workers is None else workers), thread_name_prefix="chiasm-read")
 
         def start_reading() -> list[tuple[str, Future[Seen | ImageError]]]:
-            return [(path, pool.submit(self._read, path)) for path in islice(source, batch_size)]
+            named = (image if isinstance(image, tuple) else (image, image) for image in islice(source, batch_size))
+            return [(name, pool.submit(self._read, image)) for name, image in named]
 
         waiting: deque[list[tuple[str, Future[Seen | ImageError]]]] = deque()
         try:
@@ -209,9 +212,9 @@ class Predictor:
             torch.cat([canvases for canvases, _ in seen]), sources, [placements for _, placements in seen]
         )
 
-    def _read(self, path: str) -> Seen | ImageError:
+    def _read(self, image: str | Tensor) -> Seen | ImageError:
         try:
-            return self._look(read_image(path))
+            return self._look(read_image(image) if isinstance(image, str) else image)
         except ImageError as error:
             # A fresh one: the caught one holds on to the frames, and the file's bytes, it was raised in.
             return ImageError(error.path, error.reason)

@@ -172,31 +172,32 @@ def to_rgb(image: Image.Image, name: str) -> Tensor:
     return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
 
 
-def find_images(patterns: list[str]) -> Iterator[str]:
+def find_images(patterns: list[str], suffixes: frozenset[str] = SUFFIXES) -> Iterator[str]:
     """The image files that `patterns` name, in order, one at a time (100,000 files cost no memory).
 
     A file is taken as it is, whatever its suffix; so is a path that does not exist, for reading it will name it. A
-    folder gives the files in it and below with a known suffix (`SUFFIXES`), sorted, hidden ones left out. Anything
-    else with `*`, `?` or `[` is a glob, where `**` spans folders.
+    folder gives the files in it and below with one of the `suffixes`, sorted, hidden ones left out. Anything else with
+    `*`, `?` or `[` is a glob, where `**` spans folders.
 
     Raises:
         DataError: on coming to a folder or glob without any image.
     """
     for pattern in patterns:
         if os.path.isdir(pattern):
-            found = walk_images(pattern)
+            found = walk_images(pattern, suffixes)
         elif not os.path.exists(pattern) and glob.has_magic(pattern):
-            found = (path for path in glob.iglob(pattern, recursive=True) if _is_image(path) and os.path.isfile(path))
+            paths = glob.iglob(pattern, recursive=True)
+            found = (path for path in paths if _is_named(path, suffixes) and os.path.isfile(path))
         else:
             found = iter([pattern])
         count = 0
         for count, path in enumerate(found, start=1):  # noqa: B007
             yield path
         if not count:
-            raise DataError(f"{pattern}: no image files here (looked for {', '.join(sorted(SUFFIXES))}).")
+            raise DataError(f"{pattern}: no image files here (looked for {', '.join(sorted(suffixes))}).")
 
 
-def walk_images(folder: str | os.PathLike[str]) -> Iterator[str]:
+def walk_images(folder: str | os.PathLike[str], suffixes: frozenset[str] = SUFFIXES) -> Iterator[str]:
     """The image files in a folder and below, by suffix, sorted; hidden files and folders are left out.
 
     Links to folders are followed, each real folder once, so a link that points upwards does no harm.
@@ -210,13 +211,13 @@ def walk_images(folder: str | os.PathLike[str]) -> Iterator[str]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if _is_image(name):
+            if _is_named(name, suffixes):
                 yield os.path.join(root, name)
 
 
-def _is_image(path: str) -> bool:
+def _is_named(path: str, suffixes: frozenset[str]) -> bool:
     name = os.path.basename(path)
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
 
 
 def _read_bytes(path: str | os.PathLike[str], name: str) -> bytes:

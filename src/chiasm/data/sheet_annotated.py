@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from chiasm.data.annotated import IGNORE, AnnotatedData, MapSplit, Objects, ObjectSplit
+from chiasm.data.annotated import IGNORE, AnnotatedData, MapSplit, ObjectSplit
 from chiasm.data.sheet import save_sheet
 from chiasm.data.source import Split
 from chiasm.errors import ImageError
@@ -69,18 +69,17 @@ def _picture(split: Split, index: int) -> Image.Image:
     if isinstance(split, MapSplit):
         image, classes = split.sample(index)
         return draw_map(_shrink(image), classes.numpy())
-    picture = _shrink(split.read(index))
-    return draw_objects(picture, split.objects(index)) if isinstance(split, ObjectSplit) else picture
-
-
-def draw_objects(picture: Image.Image, objects: Objects) -> Image.Image:
-    """A copy of the image, whatever its size now, with the objects' masks and boxes on it."""
+    image = split.read(index)
+    picture = _shrink(image)
+    if not isinstance(split, ObjectSplit):
+        return picture
+    objects = split.objects(index)
     colours = [colour_of(label) for label in objects.labels.tolist()]
     if objects.outlines:
         masks = (Image.fromarray(mask.numpy()).resize(picture.size) for mask in objects.masks())
         picture = paint_masks(picture, (np.asarray(mask) for mask in masks), colours)
     scale = torch.tensor([picture.width / objects.width, picture.height / objects.height] * 2)
-    return paint_boxes(picture, (objects.boxes * scale).numpy(), colours, [""] * len(objects))
+    return paint_boxes(picture, (objects.boxes * scale).numpy(), colours)
 
 
 def draw_map(picture: Image.Image, classes: np.ndarray) -> Image.Image:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from chiasm.data.annotated import IGNORE, Objects
-from chiasm.data.sheet_annotated import draw_map, draw_objects
+from chiasm.data.sheet_annotated import draw_map
 from chiasm.report.html import Html, Picture, gallery, legend, text
 from chiasm.results import Detections, Segmentation
-from chiasm.results.drawing import colour_of
+from chiasm.results.drawing import colour_of, paint_boxes, paint_labels, paint_masks, place_labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,14 +41,15 @@ class Pair:
 def objects_pair(case: Any, image: Tensor, found: Detections, truth: Objects) -> Pair:
     """`image` is (3, H, W) uint8; objects found are drawn with their scores."""
     picture = _small(image)
-    scale = np.array([picture.width / found.size[1], picture.height / found.size[0]] * 2)
-    masks = None
-    if found.masks is not None:
-        resized = [np.asarray(Image.fromarray(mask).resize(picture.size)) for mask in found.masks]
-        masks = np.array(resized, dtype=bool).reshape(-1, picture.height, picture.width)
-    small = replace(found, size=picture.size[::-1], boxes=found.boxes * scale, masks=masks)
-    seen = frozenset(found.classes.tolist()) | frozenset(truth.labels.tolist())
-    return Pair(case=case, image=_beside(small.draw(picture), draw_objects(picture, truth)), classes=seen)
+    order = np.argsort(found.scores, kind="stable")
+    told = [f"{found.names[i]} {found.scores[i]:.0%}" for i in order]
+    masks = None if found.masks is None else found.masks[order]
+    left = _painted(picture, found.size, found.boxes[order], found.classes[order].tolist(), masks, told)
+    size, labels = (truth.height, truth.width), truth.labels.tolist()
+    masks = truth.masks().numpy() if truth.outlines else None
+    names = [found.labels[label] for label in labels]
+    right = _painted(picture, size, truth.boxes.numpy(), labels, masks, names)
+    return Pair(case=case, image=_beside(left, right), classes=frozenset(found.classes.tolist()) | frozenset(labels))
 
 
 def map_pair(case: Any, image: Tensor, found: Segmentation, truth: np.ndarray) -> Pair:
@@ -71,6 +72,24 @@ def pairs_piece(
         legend((colour_of(label), labels[label]) for label in seen[:_NAMED]),
         gallery(pictures, side=2 * _SIDE + _GAP, wide=True),
     ]
+
+
+def _painted(
+    picture: Image.Image,
+    size: tuple[int, int],
+    boxes: np.ndarray,
+    labels: Sequence[int],
+    masks: np.ndarray | None,
+    texts: Sequence[str],
+) -> Image.Image:
+    """The picture, of an image of that height and width, with objects on it, the last on top."""
+    colours = [colour_of(label) for label in labels]
+    boxes = boxes * np.array([picture.width / size[1], picture.height / size[0]] * 2)
+    places = place_labels(picture.size, boxes, texts)
+    if masks is not None:
+        resized = (np.asarray(Image.fromarray(mask).resize(picture.size)) for mask in masks)
+        picture = paint_masks(picture, resized, colours)
+    return paint_labels(paint_boxes(picture, boxes, colours), places, colours, texts)
 
 
 def _small(image: Tensor) -> Image.Image:

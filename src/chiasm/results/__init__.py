@@ -7,4 +7,6 @@ from chiasm.results.detections import Detections
 from chiasm.results.drawing import DRAWN_SIDE
 from chiasm.results.segmentation import Segmentation
 
-__all__ = ["DRAWN_SIDE", "Classification", "Detections", "Segmentation"]
+Result = Classification | Detections | Segmentation
+
+__all__ = ["DRAWN_SIDE", "Classification", "Detections", "Result", "Segmentation"]

@@ -81,10 +81,15 @@ class Classification:
             "agreement": self.agreement,
         }
 
-    def draw(self, image: Image.Image, top: int = 3) -> Image.Image:
+    def draw(self, image: Image.Image, top: int = 3, *, series: bool = False) -> Image.Image:
         """A copy of `image` with the classes, their probabilities as bars, and each branch's vote below it.
 
         Images wider or higher than 1600 px are made smaller, very small ones are enlarged by a whole factor.
+
+        Args:
+            image: the one that was classified.
+            top: classes that are shown.
+            series: give pictures of all images of one size one size: those of a video.
         """
         from PIL import Image, ImageDraw
 
@@ -98,7 +103,8 @@ class Classification:
         if self.agreement is False:
             rows.append(("the branches disagree", "", None))
         step, margin = round(size * 1.7), round(size * 0.6)
-        canvas = Image.new("RGB", (width, picture.height + step * len(rows) + 2 * margin), "white")
+        rooms = len(rows) + (series and self.agreement is True)  # for the row that says when branches disagree
+        canvas = Image.new("RGB", (width, picture.height + step * rooms + 2 * margin), "white")
         canvas.paste(picture, ((width - picture.width) // 2, 0))
         pen = ImageDraw.Draw(canvas)
         inner = width - 2 * margin

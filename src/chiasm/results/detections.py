@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chiasm.results.drawing import colour_of, fit, paint_boxes, paint_masks
+from chiasm.results.drawing import (
+    DENSE_SIDE,
+    IN_SERIES,
+    colour_of,
+    fit,
+    paint_boxes,
+    paint_labels,
+    paint_masks,
+    place_labels,
+    with_legend,
+)
 from chiasm.results.masks import encode_mask
 
 if TYPE_CHECKING:
@@ -67,6 +77,14 @@ class Detections:
         """The class name of each object."""
         return tuple(self.labels[i] for i in self.classes.tolist())
 
+    def counts(self) -> list[tuple[str, int, float]]:
+        """Of each class that occurs its name, the number of its objects and their best score; most frequent first."""
+        present, numbers = np.unique(self.classes, return_counts=True)
+        return [
+            (self.labels[present[i]], int(numbers[i]), float(self.scores[self.classes == present[i]].max()))
+            for i in np.argsort(-numbers, kind="stable")
+        ]
+
     def above(self, score: float) -> Detections:
         """Those objects whose score is at least this."""
         kept = self.scores >= score
@@ -91,10 +109,16 @@ class Detections:
             found["mask"] = encode_mask(mask)
         return {"source": self.source, "height": self.size[0], "width": self.size[1], "objects": objects}
 
-    def draw(self, image: Image.Image) -> Image.Image:
+    def draw(self, image: Image.Image, *, series: bool = False) -> Image.Image:
         """A copy of `image` with the objects' masks, boxes, classes and scores on it, the best on top.
 
-        Images wider or higher than 1600 px are made smaller, very small ones are enlarged by a whole factor.
+        A text that would hide its object, or a better one's text, is left out, and its box where there is a mask; a
+        legend below then tells the classes. Images wider or higher than 1600 px are made smaller, small ones are
+        enlarged by a whole factor.
+
+        Args:
+            image: the one that the objects are in.
+            series: give pictures of all images of one size one size: those of a video.
 
         Raises:
             ValueError: for an image of another size.
@@ -103,12 +127,23 @@ class Detections:
 
         if image.size != self.size[::-1]:
             raise ValueError(f"image: expected {self.size[1]} x {self.size[0]} pixels, saw {image.size}")
-        picture = fit(image.convert("RGB"))
+        picture = fit(image.convert("RGB"), DENSE_SIDE)
         order = np.argsort(self.scores, kind="stable")
         colours = [colour_of(label) for label in self.classes[order].tolist()]
+        boxes = self.boxes[order] * np.array([picture.width / image.width, picture.height / image.height] * 2)
+        names = self.names
+        texts = [f"{names[i]} {self.scores[i]:.0%}" for i in order]
+        places = place_labels(picture.size, boxes, texts)
+        boxed = [i for i, place in enumerate(places) if place or self.masks is None]
         if self.masks is not None:
             masks = (np.asarray(Image.fromarray(self.masks[i]).resize(picture.size)) for i in order)
             picture = paint_masks(picture, masks, colours)
-        scale = np.array([picture.width / image.width, picture.height / image.height] * 2)
-        texts = [f"{self.names[i]} {self.scores[i]:.0%}" for i in order]
-        return paint_boxes(picture, self.boxes[order] * scale, colours, texts)
+        picture = paint_boxes(picture, boxes[boxed], [colours[i] for i in boxed])
+        picture = paint_labels(picture, places, colours, texts)
+        if not series and all(places):
+            return picture
+        counts = self.counts()
+        if series:  # in the order of the labels, which does not change from image to image
+            counts = sorted(counts[:IN_SERIES], key=lambda count: self.labels.index(count[0]))
+        entries = [(colour_of(self.labels.index(name)), name, f"{number:,}") for name, number, _ in counts]
+        return with_legend(picture, entries, self.labels if series else None)

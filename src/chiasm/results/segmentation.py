@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chiasm.results.drawing import DRAWN_WIDTH, colour_of, fit, font_for, paint_map, shorten
+from chiasm.results.drawing import DENSE_SIDE, IN_SERIES, colour_of, fit, paint_map, with_legend
 from chiasm.results.masks import encode_mask
 
 if TYPE_CHECKING:
@@ -53,33 +53,27 @@ class Segmentation:
         ]
         return {"source": self.source, "height": height, "width": width, "regions": regions}
 
-    def draw(self, image: Image.Image) -> Image.Image:
+    def draw(self, image: Image.Image, *, series: bool = False) -> Image.Image:
         """A copy of `image` with the classes' colours on it, and below it what they mean.
 
-        Images wider or higher than 1600 px are made smaller, very small ones are enlarged by a whole factor.
+        Images wider or higher than 1600 px are made smaller, small ones are enlarged by a whole factor.
+
+        Args:
+            image: the one that was segmented.
+            series: give pictures of all images of one size one size: those of a video.
 
         Raises:
             ValueError: for an image of another size.
         """
-        from PIL import Image, ImageDraw
+        from PIL import Image
 
         if image.size != self.classes.shape[::-1]:
             raise ValueError(f"image: expected {self.classes.shape[::-1]} pixels, saw {image.size}")
-        picture = fit(image.convert("RGB"))
+        picture = fit(image.convert("RGB"), DENSE_SIDE)
         small = Image.fromarray(self.classes).resize(picture.size, Image.Resampling.NEAREST)
         picture = paint_map(picture, np.asarray(small))
-        width = max(picture.width, DRAWN_WIDTH)
-        size = max(13, width // 45)
-        columns = max(1, width // (14 * size))
-        step, shares = round(1.7 * size), self.shares
-        canvas = Image.new("RGB", (width, picture.height + step * -(-len(shares) // columns) + size), "white")
-        canvas.paste(picture, ((width - picture.width) // 2, 0))
-        pen = ImageDraw.Draw(canvas)
-        for number, (name, share) in enumerate(shares.items()):
-            left = number % columns * (width // columns) + size // 2
-            top = picture.height + size // 2 + number // columns * step
-            pen.rectangle((left, top, left + size, top + size), fill=colour_of(self.labels.index(name)))
-            font = font_for(size, name)
-            text = shorten(f"{name} {share:.1%}", font, width // columns - 3 * size)
-            pen.text((left + 1.5 * size, top + size // 2), text, fill="black", font=font, anchor="lm")
-        return canvas
+        shares = list(self.shares.items())
+        if series:  # in the order of the labels, which does not change from image to image
+            shares = sorted(shares[:IN_SERIES], key=lambda share: self.labels.index(share[0]))
+        entries = [(colour_of(self.labels.index(name)), name, f"{share:.1%}") for name, share in shares]
+        return with_legend(picture, entries, self.labels if series else None)

@@ -1,33 +1,44 @@
-"""chiasm predict: images in; a table, JSONL or CSV out, row by row."""
+"""chiasm predict: images and videos in; a table, JSONL, CSV or COCO JSON out, row by row."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from itertools import chain
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from chiasm.config import PredictConfig
+from chiasm.config import PredictConfig, default_of
 from chiasm.errors import ChiasmError, DataError, ImageError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from torch import Tensor
 
+    from chiasm.data.video import Frame
     from chiasm.model_file import ModelInfo
     from chiasm.predictor import Predictor
-    from chiasm.results import Classification
+    from chiasm.results import Detections, Result, Segmentation
+
+    # Of an image that the stream has taken and not yet answered: the frame it is and, where it will be drawn on, its
+    # pixels; None and None for a file.
+    _Given = tuple[Frame | None, Tensor | None]
 
 _log = logging.getLogger("chiasm.predict")
 
-TABLE_ROWS = 500  # a table is laid out as a whole: a longer one is printed in pieces of this many rows
-FORMATS = {".csv": "csv", ".jsonl": "jsonl"}
+FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".json": "coco"}
+
+# Settings that are for some tasks alone, and what these are called.
+TASKS_OF = {
+    "top": (("classify",), "classifiers"),
+    "threshold": (("detect", "instances"), "detectors"),
+    "zoom": (("segment",), "segmenters"),
+    "masks": (("instances", "segment"), "segmenters and detectors with masks"),
+}
 
 
 class Predictions:
@@ -49,30 +60,47 @@ class Predictions:
         self.out: Path | None = None
         self._results = self._run(predictor, config)
 
-    def __iter__(self) -> Iterator[Classification]:
+    def __iter__(self) -> Iterator[Result]:
         return self._results
 
-    def __next__(self) -> Classification:
+    def __next__(self) -> Result:
         return next(self._results)
 
-    def _run(self, predictor: Predictor, config: PredictConfig) -> Iterator[Classification]:
-        paths = _paths(config.images)
-        gallery = _Gallery(config.draw, config.top) if config.draw else None
-        for outcome in predictor.stream(paths, batch_size=config.batch_size, workers=config.workers):
-            self.seen += 1
-            if isinstance(outcome, ImageError):
-                self.failed += 1
-                _log.warning("%s", outcome)
-                continue
-            if gallery:
-                gallery.add(outcome)
-            yield outcome
+    def _run(self, predictor: Predictor, config: PredictConfig) -> Iterator[Result]:
+        from chiasm.report.pictures import Masks, Pictures
+
+        given: deque[_Given | ImageError] = deque()
+        masks = Masks(config.masks, config.images) if config.masks else None
+        with ExitStack() as stack:
+            pictures = None
+            if config.draw:
+                pictures = stack.enter_context(Pictures(config.draw, config.images, top=config.top, every=config.every))
+            images = _images(config, given)
+            for outcome in predictor.stream(images, batch_size=config.batch_size, workers=config.workers):
+                while isinstance(origin := given.popleft(), ImageError):
+                    self._leave_out(origin)
+                if isinstance(outcome, ImageError):
+                    self._leave_out(outcome)
+                    continue
+                self.seen += 1
+                if pictures:
+                    pictures.add(outcome, *origin)
+                if masks:
+                    masks.add(cast("Detections | Segmentation", outcome), origin[0])
+                yield outcome
+            for error in given:
+                self._leave_out(cast("ImageError", error))
         if not self.seen:
             raise DataError(f"{', '.join(config.images)}: no image named here; give files, folders or globs.")
 
+    def _leave_out(self, error: ImageError) -> None:
+        self.seen += 1
+        self.failed += 1
+        _log.warning("%s", error)
+
 
 def predict(**flags: Any) -> Predictions:
-    """Classify images; the keyword arguments are the fields of `PredictConfig`.
+    """Results of images and of the frames of videos; the keyword arguments are the fields of `PredictConfig`.
 
     Returns:
         the results, computed while you iterate. With `out` they have been written to that file on return.
@@ -80,13 +108,21 @@ def predict(**flags: Any) -> Predictions:
     Raises:
         ModelFileError, UnknownNameError: when `model` names none.
         DataError: for a folder or glob without images, or no image at all.
-        ChiasmError: for settings that cannot be, or a file that cannot be written.
+        ChiasmError: for settings that cannot be or are not for the model's task, or a file that cannot be written.
     """
     config = PredictConfig.from_flags(**flags)
     _check(config)
     from chiasm.predictor import load
 
-    predictor = load(config.model, device=config.device, image_size=config.image_size, branches=config.branches)
+    predictor = load(
+        config.model,
+        device=config.device,
+        image_size=config.image_size,
+        branches=config.branches,
+        threshold=config.threshold,
+        zoom=config.zoom,
+    )
+    _check_task(config, predictor.info.task)
     if not predictor.info.trained:
         _log.warning("%s has random weights: what follows is chance, not knowledge.", config.model)
     results = Predictions(predictor, config)
@@ -98,7 +134,7 @@ def predict(**flags: Any) -> Predictions:
 def show(results: Predictions, config: PredictConfig) -> int:
     """Print the results, or where they are; returns the exit code, 1 when images could not be read."""
     if results.out is None:
-        _write(results, sys.stdout, config, config.format)
+        _write(results, sys.stdout, config)
     else:
         print(f"{results.seen - results.failed} predictions in {results.out}", file=sys.stderr)
     if results.failed:
@@ -111,34 +147,78 @@ def _check(config: PredictConfig) -> None:
         raise ChiasmError("which images? Give files, folders or globs, or - to read paths from stdin.")
     if config.top < 1:
         raise ChiasmError(f"top is {config.top}: expected 1 or more.")
+    if not 0 <= config.threshold <= 1:
+        raise ChiasmError(f"threshold is {config.threshold}: expected a score from 0 to 1.")
+    if not config.zoom >= 1:
+        raise ChiasmError(f"zoom is {config.zoom}: expected 1 or more.")
+    if config.every < 1:
+        raise ChiasmError(f"every is {config.every}: expected 1 (all frames of a video) or more.")
     if config.out is not None and Path(config.out).is_dir():
         raise ChiasmError(f"{config.out}: a folder; expected a file's name such as {config.out}/predictions.csv.")
 
 
-def _paths(patterns: list[str]) -> Iterator[str]:
-    """The images' paths, lazily; '-' stands for those on stdin, one a line."""
-    from chiasm.data.images import find_images
+def _check_task(config: PredictConfig, task: str) -> None:
+    """Refuse settings that this task has no use for."""
+    defaults = {field.name: default_of(field) for field in fields(config)}
+    for name, (tasks, of) in TASKS_OF.items():
+        if task not in tasks and getattr(config, name) != defaults[name]:
+            raise ChiasmError(f"--{name} is for {of}; {config.model} is for the task '{task}'.")
+    if _format(config) == "coco" and task not in ("detect", "instances"):
+        raise ChiasmError(
+            f"COCO JSON is for detectors; {config.model} is for the task '{task}': take --format jsonl, or a name that "
+            "ends in .jsonl."
+        )
 
+
+def _format(config: PredictConfig) -> str:
+    """That of the name of `out`, unless another one than a table was asked for."""
+    if config.out is None or config.format != "table":
+        return config.format
+    return FORMATS.get(Path(config.out).suffix.lower(), "table")
+
+
+def _paths(patterns: list[str]) -> Iterator[str]:
+    """The paths of images and videos, lazily; '-' stands for those on stdin, one a line."""
+    from chiasm.data import images, video
+
+    suffixes = images.SUFFIXES | video.SUFFIXES
     for pattern in patterns:
         if pattern != "-":
-            yield from find_images([pattern])
+            yield from images.find_images([pattern], suffixes)
             continue
         for line in sys.stdin:
             path = line.rstrip("\r\n")
             if os.path.isdir(path):
-                yield from find_images([path])
+                yield from images.find_images([path], suffixes)
             elif path:
                 yield path
+
+
+def _images(config: PredictConfig, given: deque[_Given | ImageError]) -> Iterator[str | tuple[str, Tensor]]:
+    """What the predictor takes, videos as frames, and in `given` what each is; what is wrong with a video stands there
+    at its end."""
+    from chiasm.data.video import is_video, read_frames
+
+    for path in _paths(config.images):
+        if not is_video(path):
+            given.append((None, None))
+            yield path
+            continue
+        try:
+            for frame, pixels in read_frames(path, config.every):
+                given.append((frame, pixels if config.draw else None))
+                yield frame.name, pixels
+        except ImageError as error:
+            given.append(ImageError(error.path, error.reason))  # without the frames that the caught one holds on to
 
 
 def _to_file(results: Predictions, config: PredictConfig, out: Path) -> None:
     """Write beside `out` and rename at the end: a file of that name is always complete."""
     part = out.with_name(f"{out.name}.part")
-    format = FORMATS.get(out.suffix.lower(), config.format) if config.format == "table" else config.format
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "w", encoding="utf-8", newline="") as file:
-            _write(results, file, config, format)
+            _write(results, file, config)
         part.replace(out)
     except OSError as error:
         raise ChiasmError(f"{out}: cannot be written ({error.strerror}); what there is lies in {part}.") from error
@@ -151,120 +231,48 @@ def _to_file(results: Predictions, config: PredictConfig, out: Path) -> None:
     results.out = out
 
 
-def _write(results: Predictions, file: TextIO, config: PredictConfig, format: str) -> None:
+def _write(results: Predictions, file: TextIO, config: PredictConfig) -> None:
+    from chiasm.report.predictions import write_csv, write_jsonl, write_tables
+    from chiasm.results.coco_json import write_coco
+
     with _progress(results, config, file) as bar:
+        format, counted = _format(config), bar.count(results)
         if format == "jsonl":
-            for result in results:
-                file.write(json.dumps(result.to_dict(config.top), ensure_ascii=False) + "\n")
-                bar.advance()
+            write_jsonl(counted, file, config.top)
         elif format == "csv":
-            _write_csv(results, file, config.top, bar)
+            write_csv(counted, file, config.top)
+        elif format == "coco":
+            write_coco(cast("Iterator[Detections]", counted), results.info.labels, file)
         else:
-            _write_tables(results, file, config.top, bar)
+            write_tables(counted, file, config.top, before=bar.hide)
 
 
-def _write_csv(results: Iterable[Classification], file: TextIO, top: int, bar: _Bar) -> None:
-    """source,label,probability,agreement, then per branch its vote and probability, then the 2nd to `top`-th class."""
-    writer = csv.writer(file, lineterminator="\n")
-    for row, result in enumerate(results):
-        ranked = result.top(top)
-        if row == 0:
-            columns = ["source", "label", "probability", "agreement"]
-            columns += [column for name in result.branches for column in (f"{name}_label", f"{name}_probability")]
-            columns += [c for rank in range(2, len(ranked) + 1) for c in (f"label_{rank}", f"probability_{rank}")]
-            writer.writerow(columns)
-        agreement = "" if result.agreement is None else str(result.agreement).lower()
-        votes = [(vote, f"{result.branches[name].max():.6f}") for name, vote in result.votes.items()]
-        others = [(label, f"{score:.6f}") for label, score in ranked[1:]]
-        writer.writerow([result.source, result.label, f"{result.score:.6f}", agreement, *chain(*votes, *others)])
-        bar.advance()
+def _count(config: PredictConfig) -> int | None:
+    """How many images there are, frames of videos among them; None where a video does not tell."""
+    from chiasm.data.video import count_frames, is_video
 
-
-def _write_tables(results: Iterator[Classification], file: TextIO, top: int, bar: _Bar) -> None:
-    rows: list[Classification] = []
-    for result in results:
-        rows.append(result)
-        bar.advance()
-        if len(rows) == TABLE_ROWS:
-            bar.hide()
-            file.write(_table(rows, top, file))
-            rows.clear()
-    bar.hide()
-    if rows:
-        file.write(_table(rows, top, file))
-
-
-def _table(results: list[Classification], top: int, file: TextIO) -> str:
-    """As text: written as a whole, so that a reader who has gone is noticed here and not inside rich."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    names = list(results[0].branches)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("image", overflow="fold")
-    table.add_column("class", style="bold", overflow="fold")
-    table.add_column("probability", justify="right")
-    for name in names:
-        table.add_column(f"{name} branch", overflow="fold")
-    if names:
-        table.add_column("agree")
-    if top > 1:
-        table.add_column("next", style="dim", overflow="fold")
-    for result in results:
-        cells: list[str | Text] = [Text(result.source), Text(result.label), f"{result.score:.1%}"]
-        cells += [Text(f"{vote} {result.branches[name].max():.0%}") for name, vote in result.votes.items()]
-        if names:
-            cells.append("yes" if result.agreement else Text("no", style="yellow"))
-        if top > 1:
-            cells.append(Text(", ".join(f"{label} {score:.0%}" for label, score in result.top(top)[1:])))
-        table.add_row(*cells)
-    terminal = file.isatty()
-    text = io.StringIO()
-    # A file or pipe has no width: as wide as the longest row.
-    console = Console(file=text, force_terminal=terminal, width=None if terminal else 10_000, highlight=False)
-    console.print(table)
-    return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines())
-
-
-class _Gallery:
-    """Writes each image with its result drawn on it to a folder: NAME.predicted.jpg, numbered where names repeat."""
-
-    def __init__(self, folder: str, top: int) -> None:
-        self.folder = Path(folder)
-        self.top = top
-        self._used: dict[str, int] = {}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ChiasmError(f"{folder}: cannot be made a folder for pictures ({error.strerror}).") from error
-
-    def add(self, result: Classification) -> None:
-        from PIL import Image
-
-        from chiasm.data.images import read_image
-
-        stem = Path(result.source).stem
-        self._used[stem] = number = self._used.get(stem, 0) + 1
-        path = self.folder / (f"{stem}.predicted.jpg" if number == 1 else f"{stem}-{number}.predicted.jpg")
-        image = Image.fromarray(read_image(result.source).permute(1, 2, 0).numpy())
-        try:
-            result.draw(image, self.top).save(path, quality=90)
-        except OSError as error:
-            raise ChiasmError(f"{path}: cannot be written ({error.strerror or error}).") from error
+    total = 0
+    for path in _paths(config.images):
+        frames = count_frames(path) if is_video(path) else config.every
+        if frames is None:
+            return None
+        total += -(-frames // config.every)
+    return total
 
 
 class _Bar:
     """Progress on stderr, or nothing."""
 
-    def __init__(self, results: Predictions, progress: Progress | None) -> None:
-        self._results = results
+    def __init__(self, total: int | None, progress: Progress | None) -> None:
         self._progress = progress
-        self._task = progress.add_task("images", total=results.total) if progress else None
+        self._task = progress.add_task("images", total=total) if progress else None
 
-    def advance(self) -> None:
-        if self._progress and self._task is not None:
-            self._progress.update(self._task, completed=self._results.seen)
+    def count(self, results: Predictions) -> Iterator[Result]:
+        """The results, each counted once it has been dealt with."""
+        for result in results:
+            yield result
+            if self._progress and self._task is not None:
+                self._progress.update(self._task, completed=results.seen)
 
     def hide(self) -> None:
         """Before something else is printed on the same terminal."""
@@ -279,13 +287,13 @@ def _progress(results: Predictions, config: PredictConfig, file: TextIO) -> Iter
     the rows themselves appear on it."""
     rows_on_terminal = file.isatty() and config.format != "table"
     if not sys.stderr.isatty() or rows_on_terminal:
-        yield _Bar(results, None)
+        yield _Bar(None, None)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     if "-" not in config.images:
-        results.total = sum(1 for _ in _paths(config.images))
+        results.total = _count(config)
     known = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     unknown = (SpinnerColumn(), TextColumn("{task.completed} images"))
     progress = Progress(
@@ -295,4 +303,4 @@ def _progress(results: Predictions, config: PredictConfig, file: TextIO) -> Iter
         redirect_stdout=False,  # it would send rows that are piped elsewhere to the terminal
     )
     with progress:
-        yield _Bar(results, progress)
+        yield _Bar(results.total, progress)

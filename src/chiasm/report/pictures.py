@@ -1,0 +1,160 @@
+"""Results as pictures in a folder: drawn on their images and videos, or as masks that programs read back."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from chiasm.data.images import read_image
+from chiasm.data.video import Frame, VideoWriter
+from chiasm.errors import ChiasmError
+from chiasm.results import Classification, Detections, Result, Segmentation
+from chiasm.results.drawing import colour_of
+
+
+class Pictures:
+    """Images and videos with their results drawn on them: NAME.predicted.jpg and NAME.predicted.mp4; a context manager.
+
+    Args:
+        folder: where they go; made if it is not there.
+        inputs: files, folders and globs that are predicted: none of these images is written over.
+        top: classes shown of a classification.
+        every: of each video the frames were taken at this distance.
+    """
+
+    def __init__(self, folder: str, inputs: Sequence[str], *, top: int, every: int) -> None:
+        self._names = _Names(folder, inputs)
+        self._top = top
+        self._every = every
+        self._film: VideoWriter | None = None
+        self._last: Frame | None = None  # of `_film`
+
+    def add(self, result: Result, frame: Frame | None, pixels: Tensor | None) -> None:
+        """Draw a result on the pixels of a video frame, or where there are none on its image file, read again."""
+        if frame is None or pixels is None:
+            image, path = read_image(result.source), self._names.new(result.source, ".predicted.jpg")
+            with _named(path):
+                self._draw(result, image, series=False).save(path, quality=90)
+            return
+        if self._last and (frame.video != self._last.video or frame.number <= self._last.number):
+            self._finish()
+        if self._film is None:
+            path = self._names.new(frame.video, ".predicted.mp4")
+            self._film = VideoWriter(path, frame.rate / self._every)
+        self._film.add(self._draw(result, pixels, series=True))
+        self._last = frame
+
+    def _draw(self, result: Result, pixels: Tensor, *, series: bool) -> Image.Image:
+        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        if isinstance(result, Classification):
+            return result.draw(image, self._top, series=series)
+        return result.draw(image, series=series)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._finish()
+        elif self._film:
+            self._film.abandon()
+
+    def _finish(self) -> None:
+        film, self._film, self._last = self._film, None, None
+        if film:
+            film.finish()
+
+
+class Masks:
+    """PNGs, NAME.png, of video frames NAME#NUMBER.png.
+
+    A class map has the index of its class in each pixel (8 bits, with the colours that drawn pictures have as palette);
+    objects are numbered from 1 in the order of the rows (16 bits), 0 is background, and where objects overlap, the one
+    of the better score is seen.
+
+    Args:
+        folder, inputs: as for `Pictures`.
+    """
+
+    def __init__(self, folder: str, inputs: Sequence[str]) -> None:
+        self._names = _Names(folder, inputs)
+
+    def add(self, result: Detections | Segmentation, frame: Frame | None) -> None:
+        """Write the masks of a result; `frame` as for `Pictures`."""
+        of_video = "" if frame is None else f"#{frame.number}"
+        path = self._names.new(result.source if frame is None else frame.video, f"{of_video}.png")
+        if isinstance(result, Segmentation):
+            picture = Image.fromarray(result.classes, mode="P")
+            picture.putpalette([value for label in range(256) for value in colour_of(label)])
+        else:
+            picture = Image.fromarray(_numbered(result))
+        with _named(path):
+            picture.save(path)
+
+
+def _numbered(result: Detections) -> np.ndarray:
+    """(H, W) uint16; see `Masks`."""
+    numbers = np.zeros(result.size, dtype=np.uint16)
+    for index in np.argsort(result.scores, kind="stable"):
+        if result.masks is not None:
+            numbers[result.masks[index]] = index + 1
+    return numbers
+
+
+class _Names:
+    """Names of new files in a folder: numbered where they repeat, and none of an image that is predicted."""
+
+    def __init__(self, folder: str, inputs: Sequence[str]) -> None:
+        self.folder = Path(folder)
+        self._used: dict[str, int] = {}
+        self._listed = "-" in inputs  # paths that come from stdin, known one by one only
+        named = [path for path in inputs if path != "-"]
+        self._files = {os.path.realpath(path) for path in named if os.path.isfile(path)}
+        self._folders = {_real_folder(path) for path in named if os.path.isdir(path)}
+        # A glob stands for the folder before its first wildcard: better a number too many than an image written over.
+        globs = [path for path in named if not os.path.exists(path) and glob.has_magic(path)]
+        self._folders |= {_real_folder(os.path.dirname(re.split(r"[*?[]", path)[0])) for path in globs}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ChiasmError(f"{folder}: cannot be made a folder for pictures ({error.strerror}).") from error
+
+    def new(self, source: str, suffix: str) -> Path:
+        """A path for what was made of the file `source`."""
+        if self._listed:
+            self._folders.add(_real_folder(os.path.dirname(source)))
+        stem = Path(source).stem
+        while True:
+            name = stem + suffix
+            self._used[name] = number = self._used.get(name, 0) + 1
+            path = self.folder / (name if number == 1 else f"{stem}-{number}{suffix}")
+            if not self._is_input(path):
+                return path
+
+    def _is_input(self, path: Path) -> bool:
+        real = os.path.realpath(path)
+        return os.path.exists(real) and (real in self._files or real.startswith(tuple(self._folders)))
+
+
+def _real_folder(path: str) -> str:
+    return os.path.join(os.path.realpath(path or "."), "")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ChiasmError(f"{path}: cannot be written ({error.strerror or error}).") from error
