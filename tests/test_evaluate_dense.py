@@ -19,6 +19,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 import chiasm
+import chiasm.predictor  # now, or it would keep the name that a test has patched
 from chiasm.cli import main
 from chiasm.config import Preprocess
 from chiasm.errors import ChiasmError, DataError, ImageError
@@ -201,6 +202,23 @@ def test_all_splits_of_a_file_and_of_two(patches: Path, tmp_path: Path, monkeypa
     assert both.scores.objects == 6
     rows = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert {row["image_id"] for row in rows} == {1, 2, 3, 4}, "image 90 is in both files, so they are counted anew"
+
+
+def test_detections_on_data_that_is_not_cocos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _use(monkeypatch, "detect")
+    for folder in ("images", "labels"):
+        (tmp_path / "yolo" / folder / "val").mkdir(parents=True)
+    (tmp_path / "yolo" / "data.yaml").write_text("path: .\nval: images/val\nnames: [green, red]\n")
+    for number, line in enumerate(("1 0.21875 0.21875 0.3125 0.3125\n", "")):  # patch A
+        _picture([((250, 0, 0), A)]).save(tmp_path / "yolo" / "images" / "val" / f"{number}.png")
+        (tmp_path / "yolo" / "labels" / "val" / f"{number}.txt").write_text(line)
+    result = _evaluate(tmp_path / "yolo", tmp_path / "out")
+    assert result.scores.boxes.ap == pytest.approx(1.0)
+    assert (result.scores.total.right, result.scores.total.false) == (1, 1)
+    assert "No objects here of 1 of the model's 2 classes: green." in result.notes
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [(row["image_id"], row["category_id"]) for row in rows] == [(1, 1), (2, 1)], "red is the model's first class"
+    assert rows[0]["bbox"] == [4, 4, 20, 20]
 
 
 def test_objects_that_cannot_be_measured(patches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

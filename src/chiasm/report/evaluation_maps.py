@@ -10,7 +10,7 @@ from chiasm.report import plots
 from chiasm.report.evaluation import Setting, evaluation_page, share, tail
 from chiasm.report.html import Card, Html, Page, columns, details, figure, table, text
 from chiasm.report.pairs import Pair, pairs_piece
-from chiasm.tasks.segment_metrics import TOLERANCE, SegmentationScores
+from chiasm.tasks.segment_metrics import TOLERANCE, ClassOverlap, SegmentationScores
 
 # Classes in the figure of classes; with more, the weakest are shown and all are in the table.
 CLASSES_SHOWN = 25
@@ -92,20 +92,24 @@ def _by_class(scores: SegmentationScores) -> list[Html]:
     known = [score for score in scores.classes if score.iou is not None]
     ranked = sorted(known, key=lambda score: score.iou or 0.0)
     shown = ranked[:CLASSES_SHOWN]
-    rows = [
-        [score.label, *map(share, (score.share, score.iou, score.accuracy, score.precision, score.boundary))]
-        for score in scores.classes
-    ]
-    numbers = table(["class", "of the pixels", "IoU", "recall", "precision", "borders"], rows)
     which = "" if len(shown) == len(ranked) else f" The {len(shown)} weakest of {len(ranked)} classes."
     drawing = figure(
         plots.bars([(score.label, {"IoU": score.iou, "borders": score.boundary}) for score in shown], x="share"),
         "IoU: pixels that are of a class and given it, of those that are or are given it. Borders: F-score of the "
         f"class's border. Hardest first.{which}",
     )
+    numbers = _class_table(scores.classes)
     if len(shown) == len(scores.labels):
         return [columns(drawing, numbers)]
-    return [drawing, details("All classes", numbers)]
+    return [columns(drawing, _class_table(shown)), details("All classes", numbers)]
+
+
+def _class_table(classes: Sequence[ClassOverlap]) -> Html:
+    rows = [
+        [score.label, *map(share, (score.share, score.iou, score.accuracy, score.precision, score.boundary))]
+        for score in classes
+    ]
+    return table(["class", "of the pixels", "IoU", "recall", "precision", "borders"], rows)
 
 
 def _confusion(scores: SegmentationScores) -> list[Html]:

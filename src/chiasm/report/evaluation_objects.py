@@ -136,13 +136,7 @@ def _by_class(scores: DetectionScores) -> list[Html]:
         (score for score in scores.main.classes if score.objects), key=lambda score: (score.ap is None, score.ap or 0.0)
     )
     shown = ranked[:CLASSES_SHOWN]
-    headers = ["class", "objects"]
-    headers += [f"{name} {measure}" for name in scores.kinds for measure in ("AP", "AP50")]
-    rows = []
-    for parts in zip(*(found.classes for found in scores.kinds.values()), strict=True):
-        values = [share(value) for part in parts for value in (part.ap, part.ap50)]
-        rows.append([parts[0].label, f"{parts[0].objects:,}", *values])
-    numbers = table(headers, rows)
+    numbers = _class_table(scores, scores.labels)
     if len(shown) < 2:
         return [numbers]
     kind = "masks" if scores.masks else "boxes"
@@ -153,7 +147,19 @@ def _by_class(scores: DetectionScores) -> list[Html]:
     )
     if len(shown) == len(scores.labels):
         return [columns(drawing, numbers)]
-    return [drawing, details("All classes", numbers)]
+    weakest = _class_table(scores, [score.label for score in shown])
+    return [columns(drawing, weakest), details("All classes", numbers)]
+
+
+def _class_table(scores: DetectionScores, labels: Sequence[str]) -> Html:
+    """The classes `labels`, in that order."""
+    rows = []
+    for number in map(scores.labels.index, labels):
+        parts = [found.classes[number] for found in scores.kinds.values()]
+        values = [share(value) for part in parts for value in (part.ap, part.ap50)]
+        rows.append([parts[0].label, f"{parts[0].objects:,}", *values])
+    measures = [f"{name} {measure}" for name in scores.kinds for measure in ("AP", "AP50")]
+    return table(["class", "objects", *measures], rows)
 
 
 def _caption(pair: Pair) -> list[str]:

@@ -220,7 +220,7 @@ section>:last-child,section>:last-child>p:last-child{margin-bottom:0}
 .detail{color:var(--muted);font-size:.83rem;line-height:1.35}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:20px;align-items:start}
 .columns>div{min-width:0}
-.columns+.columns{margin-top:20px}
+.columns+.columns,.scroll+.columns{margin-top:20px}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.92rem}
 th{text-align:left;color:var(--muted);font-weight:600}
