@@ -48,7 +48,7 @@ def test_tasks_set_what_their_table_says_over_the_recipe_and_flags_win(
     task: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     printed = _settings(capsys, "train", "photos", "--task", task, "--recipe", "finetune", "--lr", "0.123")
-    for name, value in (RECIPES["finetune"] | TASK_DEFAULTS[task] | {"lr": 0.123}).items():
+    for name, value in (RECIPES["finetune"] | TASK_DEFAULTS[task]["finetune"] | {"lr": 0.123}).items():
         assert printed[name] == value
     assert TrainConfig.from_flags(data="photos", task=task, image_size=None).image_size == 512
     assert TrainConfig.from_flags(data="photos", task=task, image_size=320).image_size == 320

@@ -202,6 +202,18 @@ def test_a_model_file_of_an_unknown_task_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "m.safetensors")
 
 
+def test_half_types_leave_the_coarsest_levels_gradients_right() -> None:
+    """On maps of one column, which the levels of strides 64 and 128 are of a small image."""
+    extra = _model("detect", "fcos").fpn.extra_blocks
+    level = torch.randn(2, 64, 2, 2)
+    grads = []
+    for half in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            maps, _ = extra([level], [level], ["2"])
+            grads.append(torch.autograd.grad(sum(m.square().mean() for m in maps), list(extra.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
 def test_anchors_are_of_the_objects_sizes() -> None:
     sides = torch.tensor([10.0, 20.0, 40.0, 80.0, 160.0]).repeat_interleave(10)
     anchors, ratios = anchors_for(torch.stack((sides, 2 * sides), dim=1))

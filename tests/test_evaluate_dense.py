@@ -331,7 +331,7 @@ def test_maps_that_cannot_be_measured(fields: Path, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("task", ["detect", "instances", "segment"])
 def test_a_model_file_of_each_task(task: str, patches: Path, fields: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    head = {"name": "auto", "channels": 32}
+    head = {"name": "auto", "channels": 64}
     model = with_head(chiasm.create_model(NANO, num_classes=0), 2, task=task, architecture=NANO, **head)
     path = tmp_path / "model.safetensors"
     data = fields if task == "segment" else patches

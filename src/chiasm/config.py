@@ -220,13 +220,14 @@ class TrainConfig(Config):
 
     @classmethod
     def from_flags(cls, **flags: Any) -> Self:
-        """Build from keyword arguments over the defaults of `task` (`TASK_DEFAULTS`) and of `recipe` (`RECIPES`)."""
+        """Build from keyword arguments over the defaults of `recipe` (`RECIPES`), and over those what `TASK_DEFAULTS`
+        says of it for `task`."""
         name = flags.get("recipe", "scratch")
         if name not in RECIPES:
             raise UnknownNameError("recipe", str(name), RECIPES)
         if flags.get("data") is None and flags.get("resume") is None:
             raise ChiasmError(f"what to train on? Give an {_DATA}, or --resume RUN.")
-        of_task = TASK_DEFAULTS.get(str(flags.get("task")), {})
+        of_task = TASK_DEFAULTS.get(str(flags.get("task")), {}).get(name, {})
         given = {key: value for key, value in flags.items() if key != "image_size" or value is not None}
         return super().from_flags(**(RECIPES[name] | of_task | given))
 
@@ -238,6 +239,7 @@ _DENSE: dict[str, Any] = {
     "lr": 3e-4,
     "warmup_epochs": 1.0,
     "drop_path": 0.1,
+    "layer_decay": None,
     # What one label per image is for.
     "label_smoothing": 0.0,
     "mixup": 0.0,
@@ -246,8 +248,14 @@ _DENSE: dict[str, Any] = {
     "random_erasing": 0.0,
     "crop_scale": 1.0,
 }
-# Over the recipe's; those of classification are the defaults above.
-TASK_DEFAULTS: dict[str, dict[str, Any]] = {"detect": _DENSE, "instances": _DENSE, "segment": _DENSE}
+_DENSE_RECIPES: dict[str, dict[str, Any]] = {
+    "scratch": _DENSE,
+    # The head is new, the backbone is not: it learns at a tenth of the rate.
+    "finetune": {**_DENSE, "epochs": 25, "lr_scale": {"backbone": 0.1}},
+    "quick": {**_DENSE, "epochs": 12, "lr": 6e-4},
+}
+# By task and recipe; classification has the recipes as they are.
+TASK_DEFAULTS = {"detect": _DENSE_RECIPES, "instances": _DENSE_RECIPES, "segment": _DENSE_RECIPES}
 
 RECIPES: dict[str, dict[str, Any]] = {
     # From random weights, after the Conformer authors' recipe (arXiv 2105.03889, section 4.1), shortened

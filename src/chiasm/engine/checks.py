@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chiasm.config import TrainConfig
+from chiasm.config import TASK_DEFAULTS, TrainConfig
 from chiasm.errors import ChiasmError, DataError
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ _DENSE_ONLY = (
     "dice",
     "ignore_index",
 )
+
+
+# What mixes images or takes parts of them, for one label each: boxes, masks and maps would not be true of the result.
+_CLASSIFY_ONLY = ("mixup", "cutmix", "rand_augment", "random_erasing")
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -72,6 +76,12 @@ def check_settings(config: TrainConfig) -> None:
         raise ChiasmError(
             f"scale_jitter is {scale}: expected two numbers above 0, the smaller first, such as [0.5, 2]."
         )
+    for name in _CLASSIFY_ONLY:
+        if config.task in TASK_DEFAULTS and getattr(config, name):
+            raise ChiasmError(
+                f"{name} is {getattr(config, name)}: for one label per image alone, and the task is '{config.task}'; "
+                "leave it out. Here are --scale-jitter, --flip and --color-jitter."
+            )
     if config.task == "classify":
         usual = TrainConfig(data=config.data)
         for name in _DENSE_ONLY:

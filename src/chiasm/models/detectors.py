@@ -204,7 +204,7 @@ class OneStage(Detector):
         nms: float = 0.6,
     ) -> None:
         super().__init__(backbone, maps, num_classes, channels)
-        self.fpn = self._pyramid(maps.channels[1:], LastLevelP6P7(self.channels, self.channels))
+        self.fpn = self._pyramid(maps.channels[1:], _P6P7(self.channels, self.channels))
         self.fcos = FCOS(
             _Width(self.channels), num_classes, score_thresh=threshold, nms_thresh=nms, detections_per_img=detections
         )
@@ -229,6 +229,15 @@ class OneStage(Detector):
         answers = {name: values.float() for name, values in self.fcos.head(maps).items()}
         anchors = self.fcos.anchor_generator(images, maps)
         return answers, anchors, [level.shape[-2] * level.shape[-1] for level in maps], images.image_sizes
+
+
+class _P6P7(LastLevelP6P7):
+    """Two levels beyond the backbone's, in float32: on a CPU the half type's gradient of a 3x3 convolution of stride 2
+    is wrong for maps of one column (seen in PyTorch 2.15), which these levels are of small images."""
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        with torch.autocast(p[-1].device.type, enabled=False):
+            return super().forward([level.float() for level in p], c, names)
 
 
 class _Width(nn.Module):
