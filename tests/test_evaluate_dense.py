@@ -66,10 +66,10 @@ class Pixels(nn.Module):
         return 50 * images[:, :2]
 
 
-def _use(monkeypatch: pytest.MonkeyPatch, task: str, labels: tuple[str, ...] = LABELS) -> None:
+def _use(monkeypatch: pytest.MonkeyPatch, task: str, labels: tuple[str, ...] = LABELS, data: str | None = None) -> None:
     """Let the name of any model mean the network made by hand for `task`."""
     model = Pixels() if task == "segment" else Colours()
-    info = ModelInfo(architecture="by hand", task=task, labels=labels, preprocess=PREPROCESS)
+    info = ModelInfo(architecture="by hand", task=task, labels=labels, preprocess=PREPROCESS, data=data)
     monkeypatch.setattr("chiasm.model_file.resolve_model", lambda ref, **_: (model, info))
 
 
@@ -310,6 +310,19 @@ def test_pixels_in_a_table(
     for said in ("mIoU", "borders", "green", "report"):
         assert said in told.out, said
     assert "1 of 3 images could not be read" in told.err
+
+
+def test_what_the_training_ignored_is_ignored(fields: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fields / "classes.txt").write_text("green\nred\nsky\n")
+    _use(monkeypatch, "segment", ("red", "sky"), data=str(fields))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("ignore_index: 0\n")
+    known = 2 * SIDE * SIDE - SIDE * SIDE // 4 + 64
+    run = str(tmp_path / "run")
+    assert chiasm.evaluate(model=run, device="cpu", workers=0).scores.pixels == known
+    assert _evaluate(fields, tmp_path / "out", ignore_index=0).scores.pixels == known
+    with pytest.raises(DataError, match="class 'green' is unknown to the model"):
+        _evaluate(fields, tmp_path / "out")
 
 
 def test_maps_that_cannot_be_measured(fields: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -321,6 +321,7 @@ class EvaluateConfig(Config):
     split: str = _flag("val", "split to measure; 'all' for every image")
     val_fraction: float = _flag(0.2, "as in train, where the data has no val split")
     seed: int = _flag(0, "as in train: seed of the split")
+    ignore_index: int | None = _flag(None, "as in train, of class maps; default: the run's own on its data")
     branches: Literal["both", "conv", "tokens"] = _flag(
         "both", "of a coupled model: which branches answer; one alone is faster, without what the other gave it"
     )

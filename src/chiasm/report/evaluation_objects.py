@@ -117,7 +117,9 @@ def _classes(scores: DetectionScores) -> str:
 def _overlaps(scores: DetectionScores) -> list[Html]:
     headers = ["", "AP", "AP50", "AP75", "small", "medium", "large", f"AR{scores.limit}"]
     numbers = table(headers, [[name, *map(share, found.row)] for name, found in scores.kinds.items()])
-    curves = {name: found.curve for name, found in scores.kinds.items() if found.curve}
+    if not scores.objects:
+        return [numbers]
+    curves = {name: found.curve for name, found in scores.kinds.items()}
     drawing = figure(
         plots.precision_recall(curves),
         "The lower the score from which detections count, the more objects are found and the more are false. Mean over "

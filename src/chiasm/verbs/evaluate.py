@@ -251,8 +251,9 @@ def _open(config: EvaluateConfig, spec: str, info: ModelInfo, run: Path | None, 
     """
     from chiasm.data import open_data
 
-    # What is ignored in class maps is the training's choice too, where the run is at hand.
-    ignored = read_yaml(run / "config.yaml").get("ignore_index") if run else None
+    ignored = config.ignore_index
+    if ignored is None and info.task == "segment" and run and _same(spec, info.data):
+        ignored = read_yaml(run / "config.yaml").get("ignore_index")  # what the training ignored
     task = None if info.task == "classify" else info.task  # classes of images need not be asked for
     try:
         data = open_data(spec, task=task, strict=False, ignore_index=ignored, **drawn)
