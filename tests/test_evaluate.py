@@ -90,17 +90,17 @@ def test_known_answers(model_file: Path, photos: Path, tmp_path: Path) -> None:
     assert (scores.top1.right, scores.top1.count, scores.k) == (10, 12, 2)
     assert scores.labels == LABELS
     assert scores.confusion == ((4, 0, 0), (1, 3, 0), (1, 0, 3)), "classes are matched by name, in the model's order"
-    assert {Path(case.source).parent.name + Path(case.source).name for case in result.mistakes} == {
+    assert {Path(case.source).parent.name + Path(case.source).name for case in result.measured.mistakes} == {
         "green0.png",
         "blue3.png",
     }
-    assert all((case.predicted, case.true != "red") == ("red", True) for case in result.mistakes)
-    confident = [case.probability for case in result.mistakes]
+    assert all((case.predicted, case.true != "red") == ("red", True) for case in result.measured.mistakes)
+    confident = [case.probability for case in result.measured.mistakes]
     assert confident == sorted(confident, reverse=True)
     assert [branch.name for branch in scores.branches] == ["conv", "tokens"]
     assert scores.agreement is not None
     assert scores.agreement.share.count == 12
-    assert len(result.disagreements) == scores.agreement.when_not.count
+    assert len(result.measured.disagreements) == scores.agreement.when_not.count
 
 
 def test_it_says_what_predict_says(model_file: Path, photos: Path, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_the_files_that_are_written(model_file: Path, photos: Path, tmp_path: Pa
     page = result.report.read_text(encoding="utf-8")
     for said in ("83.3%", "10 of 12 images", "conv alone", "The most confident mistakes", "green/0.png"):
         assert said in page, said
-    assert page.count("data:image/jpeg;base64,") == len(result.mistakes) + len(result.disagreements)
+    assert page.count("data:image/jpeg;base64,") == len(result.measured.mistakes) + len(result.measured.disagreements)
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page), "the page asks for something from outside"
     assert "How it was trained" not in page
 
@@ -190,7 +190,7 @@ def test_random_weights_work_and_say_so(tmp_path: Path, photos: Path, caplog: py
     result = _evaluate("test_resnet", photos, tmp_path / "out", image_size=32)
     assert result.trained is False
     assert set(result.scores.labels) == set(LABELS)
-    assert (result.scores.branches, result.disagreements) == ((), ())
+    assert (result.scores.branches, result.measured.disagreements) == ((), ())
     assert [record for record in caplog.records if "random" in record.message]
     assert "The weights are random" in result.report.read_text(encoding="utf-8")
 
@@ -245,8 +245,8 @@ def test_model_and_images_that_have_moved_are_measured_on_the_same_split(
     expected = _evaluate(run, None, tmp_path / "out")
     moved = (run / "model.safetensors").rename(tmp_path / "moved.safetensors")
     result = _evaluate(moved, flat.rename(tmp_path / "elsewhere"), tmp_path / "out")
-    names = [Path(case.source).name for case in result.mistakes]
-    assert names == [Path(case.source).name for case in expected.mistakes]
+    names = [Path(case.source).name for case in result.measured.mistakes]
+    assert names == [Path(case.source).name for case in expected.measured.mistakes]
     assert _measured(result) == 12
     assert len(result.notes) == 1
     assert "seed 5" in result.notes[0]

@@ -21,6 +21,7 @@ FLOORS = [
     {"cli"},
     {"verbs"},
     {"engine"},
+    {"evaluation"},
     {"report"},
     {"predictor"},
     {"model_file"},

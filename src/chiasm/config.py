@@ -314,18 +314,20 @@ class CompareConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Config):
-    """Measure a trained model on labelled images: table, JSON and a self-contained HTML report."""
+    """Measure a trained model on annotated images: table, JSON and a self-contained HTML report."""
 
     model: str = _positional("model file, run folder or architecture's name")
     data: str | None = _positional("data as for train; default: what the run was trained on", None)
     split: str = _flag("val", "split to measure; 'all' for every image")
     val_fraction: float = _flag(0.2, "as in train, where the data has no val split")
     seed: int = _flag(0, "as in train: seed of the split")
+    ignore_index: int | None = _flag(None, "as in train, of class maps; default: the run's own on its data")
     branches: Literal["both", "conv", "tokens"] = _flag(
         "both", "of a coupled model: which branches answer; one alone is faster, without what the other gave it"
     )
     image_size: int | None = _flag(None, "side in pixels; default: the model's own")
-    batch_size: int = _flag(64, "images at a time")
+    zoom: float = _flag(1.0, "over 1: windows that overlap, of an image this much larger (segmenters)")
+    batch_size: int | None = _flag(None, "images at a time; default: 64 for classifiers, else 8")
     workers: int | None = _flag(None, "processes that read images; default: from the machine")
     device: str = _flag("auto", "auto, cpu, cuda, mps")
     out: str | None = _flag(None, "folder for report.html and metrics.json; default: evaluation/ beside the model")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -96,10 +96,18 @@ class ObjectSplit(Split):
 
     `labels`, by which images are divided into train and val, is per image the class in it that the fewest images have,
     and one more than the last class where there is none.
+
+    Attributes:
+        categories: the ids that its COCO file has for classes, by label; empty for other formats.
     """
 
-    def __init__(self, sources: Sequence[str], objects: Sequence[Objects]) -> None:
+    categories: Mapping[int, int | str] = {}
+
+    def __init__(
+        self, sources: Sequence[str], objects: Sequence[Objects], categories: Mapping[int, int | str] | None = None
+    ) -> None:
         self.sources = list(sources)
+        self.categories = dict(categories or {})
         self._objects = list(objects)
         present = [set(found.labels.tolist()) for found in self._objects]
         images = Counter(label for labels in present for label in labels)
@@ -128,7 +136,8 @@ class ObjectSplit(Split):
         return image
 
     def subset(self, indices: Sequence[int]) -> ObjectSplit:
-        return ObjectSplit([self.sources[i] for i in indices], [self._objects[i] for i in indices])
+        chosen = [self.sources[i] for i in indices], [self._objects[i] for i in indices]
+        return ObjectSplit(*chosen, self.categories)
 
 
 class MapReader(Protocol):

@@ -140,7 +140,8 @@ def _split(
             outline=entry.get("segmentation"),
         )
     objects: list[Objects] = [gatherer.objects(key) for key, (_, gatherer) in images.items()]
-    return ObjectSplit([source for source, _ in images.values()], objects)
+    categories = {label: key for key, label in reversed(label_of.items())}  # of several ids of one class the first
+    return ObjectSplit([source for source, _ in images.values()], objects, categories)
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -25,8 +25,6 @@ from rich.console import Console
 
 from chiasm.config import CompareConfig, TrainConfig, read_yaml
 from chiasm.data import ImageData, open_data
-from chiasm.data.loader import eval_loader
-from chiasm.data.samples import eval_samples
 from chiasm.engine.build import build_model
 from chiasm.engine.checks import check_data, check_settings
 from chiasm.engine.interrupt import Interrupt
@@ -34,6 +32,7 @@ from chiasm.engine.run import run_training
 from chiasm.engine.run_folder import FREE_ON_RESUME, RunFolder
 from chiasm.engine.state import Stopwatch
 from chiasm.errors import ChiasmError, InterruptedRunError, UnknownNameError, nearest
+from chiasm.evaluation.classify import Answers
 from chiasm.measure import Cost, Times, count_macs, first_line, interleaved
 from chiasm.model_file import preprocess_of
 from chiasm.models import is_model, list_models
@@ -302,15 +301,10 @@ class Study:
         """Classify the validation images and write down which are right."""
         predictor, seed = load(folder, device=self.device), plan.seed
         split = self._open(seed).split("val")
-        samples = eval_samples(split, "classify", predictor.info.preprocess)
-        loader = eval_loader(samples, batch_size=plan.batch_size, workers=plan.workers)
         metrics, right = predictor.task.metrics(), ["-"] * len(split)
-        for images, labels, places in loader:
-            indices = places.tolist()
-            results = predictor.answer(images, [split.sources[i] for i in indices])
-            metrics.update(results, labels.tolist())
-            for index, result, label in zip(indices, results, labels.tolist(), strict=True):
-                right[index] = str(int(result.label == result.labels[label]))
+        for index, result in Answers(predictor, split, batch_size=plan.batch_size, workers=plan.workers):
+            metrics.update([result], [split.labels[index]])
+            right[index] = str(int(result.label == result.labels[split.labels[index]]))
         scores = metrics.compute()
         with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))

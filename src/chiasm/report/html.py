@@ -126,15 +126,24 @@ def figure(drawing: Figure, caption: str) -> Html:
     )
 
 
-def gallery(pictures: Iterable[Picture], *, side: int = 180) -> Html:
-    """Images with their captions in as many columns as fit; each is embedded as a JPEG of at most `side` pixels."""
+def gallery(pictures: Iterable[Picture], *, side: int = 180, wide: bool = False) -> Html:
+    """Images with their captions in as many columns as fit; each is embedded as a JPEG of at most `side` pixels.
+
+    `wide` is for pictures beside each other in one: columns of more than double the width.
+    """
     inner = "".join(
         f'<figure><img alt="{escape(picture.lines[0])}" src="{_jpeg(picture.image, side)}"><figcaption>'
         + "".join(f"<{tag}>{escape(line)}</{tag}>" for tag, line in _tagged(picture.lines))
         + "</figcaption></figure>"
         for picture in pictures
     )
-    return Html(f'<div class="gallery">{inner}</div>')
+    return Html(f'<div class="gallery{" wide" if wide else ""}">{inner}</div>')
+
+
+def legend(entries: Iterable[tuple[tuple[int, int, int], str]]) -> Html:
+    """What colours mean: (red, green, blue), each 0..255, and a name."""
+    inner = "".join(f'<span><i style="background:rgb{colour}"></i>{escape(name)}</span>' for colour, name in entries)
+    return Html(f'<p class="legend">{inner}</p>')
 
 
 def columns(*pieces: Html) -> Html:
@@ -211,7 +220,7 @@ section>:last-child,section>:last-child>p:last-child{margin-bottom:0}
 .detail{color:var(--muted);font-size:.83rem;line-height:1.35}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:20px;align-items:start}
 .columns>div{min-width:0}
-.columns+.columns{margin-top:20px}
+.columns+.columns,.scroll+.columns{margin-top:20px}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.92rem}
 th{text-align:left;color:var(--muted);font-weight:600}
@@ -223,12 +232,17 @@ figcaption{color:var(--muted);font-size:.85rem;line-height:1.4;margin-top:6px;ma
 .drawing svg{display:block;width:100%;height:auto}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(145px,1fr));gap:16px 12px}
 .gallery img{width:100%;aspect-ratio:1;object-fit:contain;background:var(--page);border-radius:8px;display:block}
+.gallery.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr))}
+.gallery.wide img{aspect-ratio:auto}
+.legend span{display:inline-block;margin-right:16px}
+.legend i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px}
 .gallery b,.gallery span{display:block;overflow-wrap:anywhere}
 .gallery b{color:var(--ink)}
 details{margin-top:12px}
 summary{cursor:pointer;color:var(--blue);font-weight:600;margin-bottom:8px}
 @media (max-width:520px){main{padding:16px 8px 40px}section{padding:14px}
 table{font-size:.82rem}th,td{padding-right:8px}.value{font-size:1.5rem}
-.cards{grid-template-columns:repeat(2,1fr)}.gallery{grid-template-columns:repeat(2,1fr)}}
+.cards{grid-template-columns:repeat(2,1fr)}.gallery{grid-template-columns:repeat(2,1fr)}
+.gallery.wide{grid-template-columns:1fr}}
 @media print{section{break-inside:avoid}body{background:none}}
 """

@@ -77,10 +77,15 @@ def curves(history: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
-def confusion(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> Figure:
+def confusion(labels: Sequence[str], matrix: Sequence[Sequence[int]], *, percent: bool = False) -> Figure:
     """True classes down, predicted classes across; the deeper a cell, the larger its share of its row.
 
     Blue is right, vermilion wrong, so that a pale diagonal and a strong mistake both catch the eye.
+
+    Args:
+        labels: of rows and columns.
+        matrix: [true][predicted] counts.
+        percent: write the share of the row, in percent, in place of the count; less than half a percent is left out.
     """
     count = len(labels)
     side = min(8.0, max(4.6, 1.9 + 0.36 * count))
@@ -95,9 +100,10 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> Figure:
             axes.add_patch(
                 Rectangle((j - 0.47, i - 0.47), 0.94, 0.94, facecolor=colours[i][j], alpha=share, linewidth=0)
             )
-            if number:
+            if share >= 0.005 if percent else number:
                 ink = INVERSE if share > 0.55 else INK
-                axes.text(j, i, str(number), ha="center", va="center", color=ink, fontsize=size)
+                told = f"{100 * share:.0f}" if percent else str(number)
+                axes.text(j, i, told, ha="center", va="center", color=ink, fontsize=size)
         axes.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5), aspect="equal")
     else:
         cells = [[(*to_rgb(colours[i][j]), shares[i][j]) for j in range(count)] for i in range(count)]
@@ -154,6 +160,23 @@ def reliability(voters: Mapping[str, Calibration]) -> Figure:
     axes.yaxis.set_major_formatter("{x:.0%}")
     handles, names = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], names[::-1], frameon=False, labelcolor=INK, fontsize=8.5, loc="upper left")
+    return figure
+
+
+def precision_recall(curves: Mapping[str, Sequence[float]]) -> Figure:
+    """Precision over recall, a curve per name; values at recalls evenly spaced from 0 to 1."""
+    figure = Figure(figsize=(4.8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, values), colour in zip(curves.items(), VOTERS, strict=False):
+        recalls = [i / max(1, len(values) - 1) for i in range(len(values))]
+        axes.plot(recalls, values, color=colour, linewidth=2, label=name)
+    dress(axes, x="recall: share of the objects found", y="precision: share of detections right")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:.0%}")
+    axes.grid(color=LINE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="lower left")
     return figure
 
 

@@ -141,13 +141,7 @@ class ClassificationScores:
 
     def confusions(self, count: int = 10) -> list[tuple[str, str, int]]:
         """The `count` most frequent mistakes: true class, predicted class, images."""
-        pairs = [
-            (self.labels[i], self.labels[j], number)
-            for i, row in enumerate(self.confusion)
-            for j, number in enumerate(row)
-            if i != j and number
-        ]
-        return sorted(pairs, key=lambda pair: -pair[2])[:count]
+        return frequent_confusions(self.labels, self.confusion, count)
 
 
 @dataclass
@@ -214,6 +208,19 @@ class ClassificationMetrics:
             ),
             agreement=_agreement(self._branches, predicted == targets, targets) if self._branches else None,
         )
+
+
+def frequent_confusions(
+    labels: Sequence[str], matrix: Sequence[Sequence[int]], count: int
+) -> list[tuple[str, str, int]]:
+    """The `count` largest cells off the diagonal of a confusion matrix: true class, predicted class, number."""
+    pairs = [
+        (labels[i], labels[j], number)
+        for i, row in enumerate(matrix)
+        for j, number in enumerate(row)
+        if i != j and number
+    ]
+    return sorted(pairs, key=lambda pair: -pair[2])[:count]
 
 
 def _share(right: Tensor) -> Share:

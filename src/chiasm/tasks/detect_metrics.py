@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,6 +69,11 @@ class PrecisionScores:
     curve: tuple[float, ...]
     classes: tuple[ClassPrecision, ...]
 
+    @property
+    def row(self) -> tuple[float | None, ...]:
+        """AP, AP50, AP75, small, medium, large, AR."""
+        return self.ap, self.ap50, self.ap75, self.small, self.medium, self.large, self.ar
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageMatches:
@@ -105,10 +110,29 @@ class DetectionScores:
     masks: PrecisionScores | None
     matches: tuple[ImageMatches, ...]
 
+    @property
+    def kinds(self) -> dict[str, PrecisionScores]:
+        """What was compared: 'boxes', and 'masks' where there are."""
+        return {"boxes": self.boxes} | ({"masks": self.masks} if self.masks else {})
+
+    @property
+    def main(self) -> PrecisionScores:
+        """Of the masks where there are, else of the boxes."""
+        return self.masks or self.boxes
+
+    @property
+    def total(self) -> ImageMatches:
+        """`matches` of all images together."""
+        right, false, missed = (
+            sum(getattr(image, name) for image in self.matches) for name in ("right", "false", "missed")
+        )
+        return ImageMatches(right=right, false=false, missed=missed)
+
 
 class _Seen(NamedTuple):
     """What is kept of one image: its objects, then what was found. Boxes are left, top, width, height."""
 
+    image_id: int | str
     size: tuple[int, int]
     boxes: np.ndarray
     classes: np.ndarray
@@ -156,6 +180,7 @@ class DetectionMetrics:
                 raise ValueError(f"{result.source}: detections without masks")
             self._images.append(
                 _Seen(
+                    image_id=truth.image_id,
                     size=result.size,
                     boxes=_left_top_size(truth.boxes.numpy()),
                     classes=truth.labels.numpy(),
@@ -176,6 +201,16 @@ class DetectionMetrics:
     def merge(self, state: Sequence[_Seen]) -> None:
         """Add what another collected, behind one's own."""
         self._images += state
+
+    def found(self) -> Iterator[list[dict[str, Any]]]:
+        """Of each image what was found, as COCO writes results; 'category_id' is the index of the class."""
+        for image in self._images:
+            rows: list[dict[str, Any]] = []
+            for i, box in enumerate(image.found_boxes.tolist()):
+                row: dict[str, Any] = {"image_id": image.image_id, "category_id": int(image.found_classes[i])}
+                row |= {"bbox": [round(side, 3) for side in box], "score": round(float(image.scores[i]), 6)}
+                rows.append(row | ({"segmentation": image.found_outlines[i]} if self.masks else {}))
+            yield rows
 
     def compute(self, *, limit: int | None = None, sizes: bool = True) -> DetectionScores:
         """The scores of all images so far; without any object they are None.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from chiasm.data.annotated import IGNORE
 from chiasm.results import Segmentation
+from chiasm.tasks.classify_metrics import frequent_confusions
 
 # A border is found where one lies nearer than this, as a share of the image's diagonal.
 TOLERANCE = 0.0075
@@ -66,6 +67,10 @@ class SegmentationScores:
     classes: tuple[ClassOverlap, ...]
     confusion: tuple[tuple[int, ...], ...]
     image_miou: tuple[float | None, ...]
+
+    def confusions(self, count: int = 10) -> list[tuple[str, str, int]]:
+        """The `count` most frequent mistakes: true class, predicted class, pixels."""
+        return frequent_confusions(self.labels, self.confusion, count)
 
 
 class _Seen(NamedTuple):

@@ -1,33 +1,30 @@
-"""chiasm evaluate: a model and labelled images in; a table, metrics.json and report.html out."""
+"""chiasm evaluate: a model and annotated images in; a table, metrics.json and report.html out."""
 
 from __future__ import annotations
 
 import csv
-import heapq
 import json
 import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chiasm.config import EvaluateConfig
+from chiasm.config import EvaluateConfig, read_yaml
 from chiasm.errors import ChiasmError, DataError, ImageError, nearest
 
 if TYPE_CHECKING:
     from chiasm.data import ImageData, Split
+    from chiasm.evaluation.measured import Measured
     from chiasm.model_file import ModelInfo
     from chiasm.predictor import Predictor
-    from chiasm.report.evaluation import Case, Illustrated
-    from chiasm.results import Classification
-    from chiasm.tasks.classify_metrics import ClassificationScores
 
 _log = logging.getLogger("chiasm.evaluate")
 
 ALL = "all"
-LISTED = 24  # mistakes and disagreements that are named at most
+BATCHES = {"classify": 64, "detect": 8, "instances": 8, "segment": 8}  # large images, and large results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +34,10 @@ class EvaluationResult:
     Attributes:
         model: as it was named.
         architecture: its name.
+        task: what it does.
         trained: False for random weights.
         data, split: what it was measured on.
-        scores: the numbers.
-        mistakes: the most confident ones, worst first.
-        disagreements: images on which the branches disagree, the surest first; empty for a one-branch model.
-        failures: the images that could not be read; they are left out of the scores.
+        measured: the measurements: `Classified`, `ObjectsMeasured` or `MapsMeasured` of `chiasm.evaluation`.
         notes: what a reader must know before believing the numbers.
         images_per_second: reading included.
         metrics, report: the files written.
@@ -50,50 +45,36 @@ class EvaluationResult:
 
     model: str
     architecture: str
+    task: str
     trained: bool
     data: str
     split: str
-    scores: ClassificationScores
-    mistakes: tuple[Case, ...]
-    disagreements: tuple[Case, ...]
-    failures: tuple[ImageError, ...]
+    measured: Measured
     notes: tuple[str, ...]
     images_per_second: float
     metrics: Path
     report: Path
 
+    @property
+    def scores(self) -> Any:
+        """The numbers: `ClassificationScores`, `DetectionScores` or `SegmentationScores`, by the task."""
+        return self.measured.scores
+
+    @property
+    def failures(self) -> tuple[ImageError, ...]:
+        """The images that could not be read; they are left out of the scores."""
+        return self.measured.failures
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; shares are 0..1, a share of no images is null."""
-        scores, agreement = self.scores, self.scores.agreement
+        """Plain values for JSON; shares are 0..1, a share of nothing is null."""
         return {
             "model": self.model,
             "architecture": self.architecture,
+            "task": self.task,
             "trained": self.trained,
             "data": self.data,
             "split": self.split,
-            "images": scores.top1.count,
-            "top1": scores.top1.to_dict(),
-            f"top{scores.k}": scores.topk.to_dict(),
-            "balanced_accuracy": scores.balanced_accuracy,
-            "macro_f1": scores.macro_f1,
-            "calibration": asdict(scores.calibration),
-            "branches": {
-                branch.name: {"top1": branch.top1.to_dict(), "calibration": asdict(branch.calibration)}
-                for branch in scores.branches
-            },
-            "agreement": agreement
-            and {
-                "share": agreement.share.to_dict(),
-                "top1_when_agreed": agreement.when_agreed.to_dict(),
-                "top1_when_not": agreement.when_not.to_dict(),
-                "right_where_they_disagree": {**agreement.right_alone, "none": agreement.none_right},
-                "either_right": agreement.either_right.to_dict(),
-            },
-            "classes": [asdict(score) for score in scores.classes],
-            "labels": list(scores.labels),
-            "confusion": [list(row) for row in scores.confusion],
-            "mistakes": [asdict(case) for case in self.mistakes],
-            "disagreements": [asdict(case) for case in self.disagreements],
+            **self.measured.to_dict(),
             "unreadable": [{"path": error.path, "reason": error.reason} for error in self.failures],
             "notes": list(self.notes),
             "images_per_second": self.images_per_second,
@@ -101,21 +82,22 @@ class EvaluationResult:
 
 
 def evaluate(**flags: Any) -> EvaluationResult:
-    """Measure a model on labelled images; the keyword arguments are the fields of `EvaluateConfig`.
+    """Measure a model on annotated images; the keyword arguments are the fields of `EvaluateConfig`.
 
     The val split of data that has none of its own is drawn as it was for training, so that no training image is
-    measured by mistake; where that cannot be known, `notes` say so. metrics.json and report.html are written to `out`.
+    measured by mistake; where that cannot be known, `notes` say so. metrics.json and report.html are written to `out`,
+    of a detector detections.json as well.
 
     Raises:
         ModelFileError, UnknownNameError: when `model` names none.
-        DataError: for data that is missing, has classes that the model has not, or no readable image in the split.
+        DataError: for data that is missing, of another task, has classes that the model has not, or no readable image
+            in the split.
         ChiasmError: for settings that cannot be, or files that cannot be written.
     """
     config = EvaluateConfig.from_flags(**flags)
-    from chiasm.data import open_data
     from chiasm.model_file import resolve_model
     from chiasm.predictor import Predictor
-    from chiasm.report.evaluation import evaluation_page
+    from chiasm.report.evaluation import Setting
     from chiasm.report.html import write_text
 
     model, info = resolve_model(config.model)
@@ -126,14 +108,13 @@ def evaluate(**flags: Any) -> EvaluationResult:
             f"{config.model} does not say what it was trained on: give the data, chiasm evaluate MODEL DATA."
         )
     drawn = _split_settings(config, flags, info)
-    data = open_data(spec, strict=False, **drawn)
-    data.need("classify")
-    split = _split(data, config.split)
+    data = _open(config, spec, info, run, drawn)
+    splits = _splits(data, config.split)
     if not info.trained and not Path(config.model).exists():
         # An architecture's name: random weights know no classes, so let them be the data's.
         model, info = resolve_model(config.model, num_classes=len(data.classes))
         info = replace(info, labels=data.classes)
-    targets, notes = _targets(data, split, info)
+    lookup, notes = _matched(data, splits, info)
     if not info.trained:
         notes.insert(0, "The weights are random: these numbers are chance, not knowledge.")
     notes += data.notes if config.split != ALL else ()
@@ -142,31 +123,37 @@ def evaluate(**flags: Any) -> EvaluationResult:
     for content in notes:
         _log.warning("%s", content)
 
-    predictor = Predictor(model, info, device=config.device, image_size=config.image_size, branches=config.branches)
+    predictor = Predictor(
+        model,
+        info,
+        device=config.device,
+        image_size=config.image_size,
+        branches=config.branches,
+        zoom=config.zoom,
+    )
     start = time.perf_counter()
-    scores, mistakes, disagreements, failures = _measure(predictor, split, targets, config)
-    speed = scores.top1.count / (time.perf_counter() - start)
+    measured = _measure(predictor, data, splits, lookup, config)
+    speed = measured.images / (time.perf_counter() - start)
 
     out = Path(config.out) if config.out else (_folder_of(config.model) / "evaluation")
     result = EvaluationResult(
         model=config.model,
         architecture=info.architecture,
+        task=info.task,
         trained=info.trained,
         data=spec,
         split=config.split,
-        scores=scores,
-        mistakes=mistakes,
-        disagreements=disagreements,
-        failures=failures,
+        measured=measured,
         notes=tuple(notes),
         images_per_second=speed,
         metrics=out / "metrics.json",
         report=out / "report.html",
     )
     write_text(result.metrics, json.dumps(result.to_dict(), indent=1, ensure_ascii=False) + "\n")
+    for name, content in measured.files().items():
+        write_text(out / name, content)
     height, width = predictor.info.preprocess.size
-    page = evaluation_page(
-        scores,
+    setting = Setting(
         subject=f"{data.name} ({config.split})",
         about=[
             ("model", config.model),
@@ -177,70 +164,31 @@ def evaluate(**flags: Any) -> EvaluationResult:
             ("device", str(predictor.device)),
             ("speed", f"{speed:.0f} images a second, reading included"),
         ],
-        mistakes=_illustrated(mistakes[: config.gallery], split),
-        disagreements=_illustrated(disagreements[: config.gallery], split),
-        failures=failures,
         notes=notes,
         history=_history(run),
     )
-    page.write(result.report)
+    measured.page(setting).write(result.report)
     return result
 
 
 def show(result: EvaluationResult, config: EvaluateConfig) -> int:
     """Print the numbers; returns the exit code, 1 when images could not be read."""
+    measured = result.measured
     if config.format == "json":
         print(json.dumps(result.to_dict(), ensure_ascii=False))
     else:
-        _print_tables(result)
+        from rich.console import Console
+        from rich.text import Text
+
+        console = Console(highlight=False, soft_wrap=True)
+        told = f"{result.model} on {result.data} ({result.split}), {measured.images:,} images"
+        console.print(Text(told, style="bold"))
+        measured.print(console)
+        console.print(Text(f"\nreport  {result.report}\nnumbers {result.metrics}"))
     if result.failures:
-        total = result.scores.top1.count + len(result.failures)
+        total = measured.images + len(result.failures)
         print(f"{len(result.failures)} of {total} images could not be read", file=sys.stderr)
     return 1 if result.failures else 0
-
-
-def _print_tables(result: EvaluationResult) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from chiasm.report.evaluation import interval, percent
-
-    scores = result.scores
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(Text(f"{result.model} on {result.data} ({result.split}), {scores.top1.count:,} images", style="bold"))
-
-    voters = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("answer of", "top-1", "95 % interval", "calibration error"):
-        voters.add_column(column, justify="left" if column == "answer of" else "right")
-    rows = [("the model", scores.top1, scores.calibration)]
-    rows += [(f"{branch.name} branch alone", branch.top1, branch.calibration) for branch in scores.branches]
-    for name, top1, calibration in rows:
-        voters.add_row(name, percent(top1), interval(top1), f"{calibration.ece:.1%}")
-    console.print(voters)
-    if scores.k > 1:
-        console.print(
-            f"top-{scores.k} {percent(scores.topk)}, mean recall of the classes {scores.balanced_accuracy:.1%}"
-        )
-    if (agreement := scores.agreement) is not None:
-        console.print(
-            f"the branches agree on {percent(agreement.share)}; the model is right on {percent(agreement.when_agreed)} "
-            f"of those and on {percent(agreement.when_not)} of the others"
-        )
-        right = [f"{name} {number:,}" for name, number in agreement.right_alone.items()]
-        console.print(f"right where they disagree: {', '.join(right)}, none {agreement.none_right:,}")
-    console.print()
-
-    hardest = sorted((s for s in scores.classes if s.count), key=lambda s: s.f1 or 0.0)[:20]
-    classes = Table(box=None, pad_edge=False, header_style="bold")
-    classes.add_column("class, hardest first", overflow="fold")
-    for column in ("images", "precision", "recall", "F1"):
-        classes.add_column(column, justify="right")
-    for score in hardest:
-        numbers = ("–" if v is None else f"{v:.1%}" for v in (score.precision, score.recall, score.f1))
-        classes.add_row(Text(score.label), f"{score.count:,}", *numbers)
-    console.print(classes)
-    console.print(Text(f"\nreport  {result.report}\nnumbers {result.metrics}"))
 
 
 # -------------------------------------------------------------------------------------------------- what is measured on
@@ -295,35 +243,73 @@ def _same(one: str, other: str | None) -> bool:
     )
 
 
-def _split(data: ImageData, name: str) -> Split:
-    from chiasm.data.source import Joined
+def _open(config: EvaluateConfig, spec: str, info: ModelInfo, run: Path | None, drawn: dict[str, Any]) -> ImageData:
+    """The data for the model's task.
 
+    Raises:
+        DataError: for data of another task, saying whose.
+    """
+    from chiasm.data import open_data
+
+    ignored = config.ignore_index
+    if ignored is None and info.task == "segment" and run and _same(spec, info.data):
+        ignored = read_yaml(run / "config.yaml").get("ignore_index")  # what the training ignored
+    task = None if info.task == "classify" else info.task  # classes of images need not be asked for
+    try:
+        data = open_data(spec, task=task, strict=False, ignore_index=ignored, **drawn)
+        data.need(info.task)
+    except DataError as error:
+        if not Path(spec).expanduser().exists():
+            raise
+        raise DataError(f"{config.model} is a model for '{info.task}'. {error}") from error
+    return data
+
+
+def _splits(data: ImageData, name: str) -> list[Split]:
     chosen = [split for split in data.splits.values() if len(split)] if name == ALL else [data.split(name)]
     if not any(len(split) for split in chosen):
         raise DataError(data.problems[0] if data.problems else f"{data.name}: no images in its split '{name}'.")
-    return chosen[0] if len(chosen) == 1 else Joined(chosen)
+    return chosen
 
 
-def _targets(data: ImageData, split: Split, info: ModelInfo) -> tuple[list[int], list[str]]:
-    """Each image's class as the model counts them (classes are matched by name), and what is to be said of it.
+def _matched(data: ImageData, splits: Sequence[Split], info: ModelInfo) -> tuple[list[int], list[str]]:
+    """Each class of the data as the model counts them (classes are matched by name; -1: it has none), and what is to
+    be said of it.
 
     Raises:
         DataError: for a class of these images that the model does not have.
     """
     position = {label: i for i, label in enumerate(info.labels)}
-    occurring = [data.classes[label] for label in sorted(set(split.labels))]
+    lookup = [position.get(name, -1) for name in data.classes]
+    if info.task == "segment":  # what occurs in class maps is seen when they are read
+        return lookup, []
+    occurring = [data.classes[label] for label in sorted(set().union(*map(_labels, splits)))]
     if strangers := [name for name in occurring if name not in position]:
-        near = nearest(strangers[0], info.labels)
-        hint = f" (nearest: {', '.join(near)})" if near else ""
-        raise DataError(
-            f"{data.name}: class '{strangers[0]}'{f' and {len(strangers) - 1} more' if len(strangers) > 1 else ''} is "
-            f"unknown to the model{hint}; its {len(info.labels)} classes are {_list(info.labels)}. "
-            "Rename the folders to match, or train on this data."
-        )
-    notes = []
-    if absent := [label for label in info.labels if label not in occurring]:
-        notes.append(f"No images here of {len(absent)} of the model's {len(info.labels)} classes: {_list(absent)}.")
-    return [position[data.classes[label]] for label in split.labels], notes
+        raise _stranger(data, strangers, info)
+    absent = [label for label in info.labels if label not in occurring]
+    what = "images" if info.task == "classify" else "objects"
+    told = f"No {what} here of {len(absent)} of the model's {len(info.labels)} classes: {_list(absent)}."
+    return lookup, [told] if absent else []
+
+
+def _labels(split: Split) -> set[int]:
+    """The classes that occur in a split."""
+    from chiasm.data.annotated import ObjectSplit
+
+    if isinstance(split, ObjectSplit):
+        return {label for i in range(len(split)) for label in split.objects(i).labels.tolist()}
+    return set(split.labels)
+
+
+def _stranger(data: ImageData, strangers: Sequence[str], info: ModelInfo) -> DataError:
+    near = nearest(strangers[0], info.labels)
+    hint = f" (nearest: {', '.join(near)})" if near else ""
+    mend = "Rename the folders" if info.task == "classify" else "Rename the classes"
+    return DataError(
+        f"{data.name}: class '{strangers[0]}'{f' and {len(strangers) - 1} more' if len(strangers) > 1 else ''} is "
+        f"unknown to the model{hint}; its {len(info.labels)} classes are {_list(info.labels)}. "
+        f"{mend} to match, or train on this data."
+    )
 
 
 def _list(names: Sequence[str], count: int = 8) -> str:
@@ -334,57 +320,32 @@ def _list(names: Sequence[str], count: int = 8) -> str:
 
 
 def _measure(
-    predictor: Predictor, split: Split, targets: list[int], config: EvaluateConfig
-) -> tuple[ClassificationScores, tuple[Case, ...], tuple[Case, ...], tuple[ImageError, ...]]:
-    from chiasm.data.loader import eval_loader
-    from chiasm.data.samples import eval_samples
+    predictor: Predictor, data: ImageData, splits: Sequence[Split], lookup: list[int], config: EvaluateConfig
+) -> Measured:
+    from chiasm.data.annotated import MapSplit, ObjectSplit
+    from chiasm.data.source import Joined
+    from chiasm.evaluation import classify, maps, objects
+    from chiasm.evaluation.measured import Manner
 
-    samples = eval_samples(split, "classify", predictor.info.preprocess)
-    loader = eval_loader(samples, batch_size=config.batch_size, workers=config.workers)
-    metrics = predictor.task.metrics()
-    mistakes, disagreements = _Top(max(LISTED, config.gallery)), _Top(max(LISTED, config.gallery))
-    for images, _, places in _progress(loader, len(loader)):
-        indices = places.tolist()
-        results = predictor.answer(images, [split.sources[i] for i in indices])
-        metrics.update(results, [targets[i] for i in indices])
-        for index, result in zip(indices, results, strict=True):
-            true = result.labels[targets[index]]
-            if result.label != true:
-                mistakes.add(result.score, _case(index, true, result))
-            if result.agreement is False:
-                disagreements.add(min(float(p.max()) for p in result.branches.values()), _case(index, true, result))
-    if not len(metrics):
-        raise DataError(f"none of the {len(split)} images can be read; the first: {loader.failures[0]}")
-    return metrics.compute(), mistakes.best(), disagreements.best(), tuple(loader.failures)
-
-
-def _case(index: int, true: str, result: Classification) -> Case:
-    from chiasm.report.evaluation import Case
-
-    return Case(
-        source=result.source,
-        index=index,
-        true=true,
-        predicted=result.label,
-        probability=result.score,
-        votes={name: (vote, float(result.branches[name].max())) for name, vote in result.votes.items()},
+    info = predictor.info
+    manner = Manner(
+        batch_size=BATCHES[info.task] if config.batch_size is None else config.batch_size,
+        workers=config.workers,
+        gallery=config.gallery,
+        watch=_progress,
     )
-
-
-class _Top:
-    """The `count` cases of the highest value; among equals the first."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._heap: list[tuple[float, int, Case]] = []
-
-    def add(self, value: float, case: Case) -> None:
-        heapq.heappush(self._heap, (value, -case.index, case))
-        if len(self._heap) > self.count:
-            heapq.heappop(self._heap)
-
-    def best(self) -> tuple[Case, ...]:
-        return tuple(case for _, _, case in sorted(self._heap, key=lambda entry: entry[:2], reverse=True))
+    if info.task == "classify":
+        return classify.measure(predictor, splits[0] if len(splits) == 1 else Joined(splits), lookup, manner)
+    if info.task == "segment":
+        return maps.measure(
+            predictor,
+            [(split, i) for split in splits if isinstance(split, MapSplit) for i in range(len(split))],
+            lookup,
+            lambda label: _stranger(data, [data.classes[label]], info),
+            manner,
+        )
+    places = [(split, i) for split in splits if isinstance(split, ObjectSplit) for i in range(len(split))]
+    return objects.measure(predictor, places, lookup, data.classes, manner)
 
 
 def _progress(batches: Iterable[Any], total: int) -> Iterator[Any]:
@@ -394,16 +355,6 @@ def _progress(batches: Iterable[Any], total: int) -> Iterator[Any]:
 
     console = Console(stderr=True)
     yield from track(batches, "measuring", total, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _illustrated(cases: Sequence[Case], split: Split) -> list[Illustrated]:
-    from PIL import Image
-
-    from chiasm.report.evaluation import Illustrated
-
-    return [
-        Illustrated(case=case, image=Image.fromarray(split.read(case.index).permute(1, 2, 0).numpy())) for case in cases
-    ]
 
 
 def _history(run: Path | None) -> list[dict[str, float]]:
