@@ -68,9 +68,7 @@ def _picture(split: Split, index: int) -> Image.Image:
     """One image, `_SIDE` wide and at most twice as high, with its annotation."""
     if isinstance(split, MapSplit):
         image, classes = split.sample(index)
-        picture = _shrink(image)
-        small = Image.fromarray(classes.numpy()).resize(picture.size, Image.Resampling.NEAREST)
-        return paint_map(picture, np.asarray(small), IGNORE)
+        return draw_map(_shrink(image), classes.numpy())
     image = split.read(index)
     picture = _shrink(image)
     if not isinstance(split, ObjectSplit):
@@ -82,6 +80,12 @@ def _picture(split: Split, index: int) -> Image.Image:
         picture = paint_masks(picture, (np.asarray(mask) for mask in masks), colours)
     scale = torch.tensor([picture.width / objects.width, picture.height / objects.height] * 2)
     return paint_boxes(picture, (objects.boxes * scale).numpy(), colours)
+
+
+def draw_map(picture: Image.Image, classes: np.ndarray) -> Image.Image:
+    """A copy of the image, whatever its size now, with the class map (H, W) uint8 on it; `IGNORE` stays grey."""
+    small = Image.fromarray(classes).resize(picture.size, Image.Resampling.NEAREST)
+    return paint_map(picture, np.asarray(small), IGNORE)
 
 
 def _shrink(image: torch.Tensor) -> Image.Image:
