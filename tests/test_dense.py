@@ -214,6 +214,24 @@ def test_half_types_leave_the_coarsest_levels_gradients_right() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
+def test_half_types_leave_boxes_and_masks_where_they_are() -> None:
+    """Of more than 256 objects each learns its own mask, and boxes lie between pixels."""
+    model = _model("instances", classes=1, proposals=400, rois=512).train()
+    corners = torch.cartesian_prod(torch.arange(20), torch.arange(16)).float() * 3
+    boxes = torch.cat((corners, corners + 3), dim=1)
+    target = {"boxes": boxes, "labels": torch.zeros(320, dtype=torch.int64)}
+    masks = torch.zeros(320, SIDE, SIDE, dtype=torch.uint8)
+    for mask, (left, top) in zip(masks, corners.int().tolist(), strict=True):
+        mask[top : top + 3, left : left + 3] = 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = model.losses(model(torch.randn(1, 3, SIDE, SIDE)), [{**target, "masks": masks}])
+        assert all(term.isfinite() for term in terms.values())
+        with torch.no_grad():
+            (found,) = model.eval().detect(model(torch.randn(1, 3, SIDE, SIDE)))
+    assert found["boxes"].dtype == torch.float32
+    assert not torch.equal(found["boxes"], found["boxes"].bfloat16().float())
+
+
 def test_anchors_are_of_the_objects_sizes() -> None:
     sides = torch.tensor([10.0, 20.0, 40.0, 80.0, 160.0]).repeat_interleave(10)
     anchors, ratios = anchors_for(torch.stack((sides, 2 * sides), dim=1))

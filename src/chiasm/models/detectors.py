@@ -24,6 +24,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
@@ -147,12 +148,13 @@ class TwoStage(Detector):
         options: dict[str, Any] = {
             "backbone": _Width(width),
             "rpn_anchor_generator": AnchorGenerator(tuple((side,) for side in anchors), (tuple(ratios),) * 5),
+            "rpn_head": _RPNHead(width, len(ratios)),
             "rpn_pre_nms_top_n_train": 2 * proposals,
             "rpn_pre_nms_top_n_test": proposals,
             "rpn_post_nms_top_n_train": proposals,
             "rpn_post_nms_top_n_test": proposals,
             "box_head": TwoMLPHead(width * ROI_SIDE**2, hidden),
-            "box_predictor": FastRCNNPredictor(hidden, num_classes + 1),
+            "box_predictor": _BoxPredictor(hidden, num_classes + 1),
             "box_batch_size_per_image": rois,
             "box_detections_per_img": detections,
             "box_score_thresh": threshold,
@@ -229,6 +231,26 @@ class OneStage(Detector):
         answers = {name: values.float() for name, values in self.fcos.head(maps).items()}
         anchors = self.fcos.anchor_generator(images, maps)
         return answers, anchors, [level.shape[-2] * level.shape[-1] for level in maps], images.image_sizes
+
+
+# Boxes and the places of masks in their lists take the type of what moves the anchors. In a half type boxes would lie on a
+# grid of two pixels from 256 on, and of 300 masks the wrong one would be learned.
+
+
+class _RPNHead(RPNHead):
+    """What it says of each anchor, in float32."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        scores, moves = super().forward(x)
+        return [score.float() for score in scores], [move.float() for move in moves]
+
+
+class _BoxPredictor(FastRCNNPredictor):
+    """What it says of each proposal, in float32."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, moves = super().forward(x)
+        return scores.float(), moves.float()
 
 
 class _P6P7(LastLevelP6P7):
