@@ -233,8 +233,8 @@ class OneStage(Detector):
         return answers, anchors, [level.shape[-2] * level.shape[-1] for level in maps], images.image_sizes
 
 
-# Boxes and the places of masks in their lists take the type of what moves the anchors. In a half type boxes would lie on a
-# grid of two pixels from 256 on, and of 300 masks the wrong one would be learned.
+# Boxes, and the places of masks in their lists, take the type of what moves the anchors. In a half type boxes would lie
+# on a grid of two pixels from 256 on, and of 300 masks the wrong one would be learned.
 
 
 class _RPNHead(RPNHead):
