@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 import chiasm
-from chiasm.config import Preprocess
-from chiasm.data.annotated import IGNORE
+from chiasm.config import Preprocess, TrainConfig
+from chiasm.data import open_data
+from chiasm.data.annotated import IGNORE, AnnotatedData
 from chiasm.data.placement import letterbox, windows
 from chiasm.data.views import ObjectTarget
+from chiasm.engine.build import build_task
+from chiasm.engine.dense import pixel_weights
+from chiasm.engine.freeze import frozen_norms
 from chiasm.errors import ChiasmError, ModelFileError, UnknownNameError
 from chiasm.model_file import ModelInfo, load_model, save_model
 from chiasm.models import create_model
@@ -323,3 +329,60 @@ def test_unknown_pixels_teach_nothing() -> None:
 def test_unknown_names_suggest_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="fcos"):
         _model("detect", "fcoss")
+
+
+# ------------------------------------------------------------------------------------------------- made for the data
+
+
+def _config(task: str, **own: object) -> TrainConfig:
+    return TrainConfig.from_flags(
+        data="scenes:size=64,count=16,val=4", task=task, model=NANO, image_size=64, head_args={"channels": 64}, **own
+    )
+
+
+def test_a_detectors_checkpoint_starts_the_backbone_and_its_norms_stay(tmp_path: Path) -> None:
+    """Names as detectors built on the authors' code have them; with weights, batch norms keep their statistics."""
+    published = create_model(NANO, num_classes=0)
+    weights = {f"backbone.{name}": torch.rand_like(value.float()) for name, value in published.state_dict().items()}
+    weights["neck.fpn_convs.0.conv.weight"] = torch.zeros(8, 8, 3, 3)
+    save_file(weights, tmp_path / "mask_rcnn.safetensors")
+    config = _config("detect", weights=str(tmp_path / "mask_rcnn.safetensors"))
+    task, info, loaded = build_task(config, open_data(str(config.data), task="detect"))
+    assert "360" in loaded
+    state = task.model.backbone.state_dict()
+    assert all(torch.equal(value, weights[f"backbone.{name}"].to(value.dtype)) for name, value in state.items())
+    assert frozen_norms(task.model)
+    assert info.head == {"name": "faster_rcnn", "maps": "auto", "detections": 100, "channels": 64}
+    kept = build_task(replace(config, frozen_bn="no"), open_data(str(config.data), task="detect"))[0]
+    assert not frozen_norms(kept.model)
+
+
+def test_anchors_and_detections_come_from_the_data() -> None:
+    config = _config("instances", anchors="data", maps="both")
+    data = open_data(str(config.data), task="instances")
+    assert isinstance(data, AnnotatedData)
+    task, info, _ = build_task(config, data)
+    objects = [data.objects("train").objects(i) for i in range(len(data.splits["train"]))]
+    sides = torch.cat([one.boxes[:, 2:] - one.boxes[:, :2] for one in objects])
+    assert (info.head["anchors"], info.head["ratios"]) == anchors_for(sides)
+    assert task.model.rpn.anchor_generator.sizes == tuple((side,) for side in info.head["anchors"])
+    for head, said in (("fcos", "fcos has no anchor boxes"), ("upernet", "a segmenter has no anchor boxes")):
+        other = "segment" if head == "upernet" else "detect"
+        with pytest.raises(ChiasmError, match=said):
+            build_task(_config(other, head=head, anchors="data"), open_data(str(config.data), task=other))
+
+
+def test_rare_classes_weigh_more() -> None:
+    data = open_data("scenes:size=64,count=16,val=4", task="segment")
+    assert isinstance(data, AnnotatedData)
+    weights = pixel_weights(data)
+    maps = torch.stack([data.maps("train").sample(i)[1] for i in range(len(data.splits["train"]))])
+    counts = torch.bincount(maps[maps != IGNORE].long(), minlength=len(data.classes))
+    assert torch.equal(weights.argsort(), counts.argsort(descending=True))
+    assert float(weights.mean()) == pytest.approx(1)
+
+
+def test_norms_over_one_image_are_refused_before_training() -> None:
+    config = _config("segment", batch_size=1)
+    with pytest.raises(ChiasmError, match="--batch-size 2, or --head fpn"):
+        build_task(config, open_data(str(config.data), task="segment"))
