@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
 
 import chiasm
 from chiasm.config import Preprocess, TrainConfig
@@ -192,11 +192,20 @@ def test_gradient_of_the_whole_loss_in_float64() -> None:
 @pytest.mark.parametrize(
     ("task", "name", "own", "said"),
     [
-        ("detect", "mask_rcnn", {}, "head for 'detect' 'mask_rcnn'"),
+        (
+            "detect",
+            "mask_rcnn",
+            {},
+            "for --task instances; for 'detect' there is faster_rcnn, fcos",
+        ),
         ("segment", "upernett", {}, "upernet"),
         ("detect", "fcos", {"rois": 3}, "argument of fcos 'rois'"),
         ("detect", "faster_rcnn", {"channels": 33}, "multiple of 32"),
         ("instances", "mask_rcnn", {"anchors": [1, 2]}, "five sides"),
+        ("instances", "mask_rcnn", {"anchors": 5}, "expected a list of numbers above 0"),
+        ("detect", "fcos", {"threshold": "abc"}, "threshold of fcos is 'abc': expected a number from 0 to 1"),
+        ("detect", "faster_rcnn", {"detections": 0}, "expected a whole number from 1"),
+        ("detect", "faster_rcnn", {"hidden": 0.5}, "expected a whole number from 1"),
     ],
 )
 def test_a_head_that_cannot_be_is_one_line(task: str, name: str, own: dict[str, object], said: str) -> None:
@@ -272,6 +281,46 @@ def test_pasting_equals_torchvisions_on_whole_boxes() -> None:
     assert ((ours & theirs).sum((1, 2)) / (ours | theirs).sum((1, 2))).min() > 0.9
 
 
+def test_what_a_mask_head_learns_is_pasted_where_it_was() -> None:
+    """Perfect answers to torchvision's own targets, through the whole of `decode`, give the discs back."""
+    y, x = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
+    discs, boxes = [], []
+    for radius, column, row in ((8, 20.3, 31.7), (12, 40.1, 22.4), (20, 30.6, 33.2)):
+        discs.append((x - column) ** 2 + (y - row) ** 2 <= radius**2)
+        boxes.append([column - radius, row - radius, column + radius, row + radius])
+    masks, corners = torch.stack(discs), torch.tensor(boxes)
+    learned = project_masks_on_boxes(masks.float(), corners, torch.arange(3), 28)
+
+    class Perfect(nn.Module):
+        def detect(self, pyramid: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+            return [{"boxes": corners, "labels": torch.zeros(3), "scores": torch.ones(3), "masks": learned}]
+
+    task = Detect(Perfect(), "a", masks=True)  # type: ignore[arg-type]
+    (result,) = task.decode({}, ["discs"], [windows((64, 64), (64, 64))])
+    assert result.masks is not None
+    both, either = ((op(torch.tensor(result.masks), masks)).sum((1, 2)) for op in (torch.bitwise_and, torch.bitwise_or))
+    assert float((both / either).min()) > 0.96
+
+
+def test_validation_takes_targets_from_the_device() -> None:
+    """Lightning moves targets with the images; metrics are counted on the CPU."""
+    task = Detect(_model("instances", classes=1).eval(), "a", masks=True)
+    target = _target([[4.0, 6, 30, 40]], [0])
+    moved: list[str] = []
+
+    class Moved(ObjectTarget):
+        def to(self, device: torch.device | str) -> ObjectTarget:
+            moved.append(str(device))
+            return target
+
+    validation = task.validation()
+    with torch.no_grad():
+        seen = Moved(**{name: getattr(target, name) for name in target.__dataclass_fields__})
+        validation.add(task(torch.randn(1, 3, SIDE, SIDE)), [seen], torch.tensor([True]))
+    assert moved == ["cpu"]
+    assert set(validation.compute([validation.state()])) == {"ap", "ap50", "mask_ap", "mask_ap50"}
+
+
 @given(
     box=st.tuples(st.floats(-5, 20), st.floats(-5, 20), st.floats(3, 30), st.floats(3, 30)),
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
@@ -322,8 +371,11 @@ def test_unknown_pixels_teach_nothing() -> None:
     assert logits.grad[0, :, 0, 0].any()
     assert not logits.grad[1].any()
     assert not logits.grad[0, :, 1:].any()
-    nothing = task.loss(logits, torch.full((2, 8, 8), IGNORE))["loss"]
-    assert float(nothing) == 0.0
+    with torch.no_grad():
+        nothing = task.loss(logits, torch.full((2, 8, 8), IGNORE))["loss"]
+        weightless = Segment(nn.Identity(), "ab", label_smoothing=0.1, class_weights=torch.tensor([1.0, 0.0]), dice=0.0)
+        only = weightless.loss(torch.randn(1, 2, 4, 4), torch.ones(1, 4, 4, dtype=torch.int64))["loss"]
+    assert float(nothing) == float(only) == 0.0
 
 
 def test_unknown_names_suggest_the_nearest() -> None:
@@ -380,6 +432,18 @@ def test_rare_classes_weigh_more() -> None:
     counts = torch.bincount(maps[maps != IGNORE].long(), minlength=len(data.classes))
     assert torch.equal(weights.argsort(), counts.argsort(descending=True))
     assert float(weights.mean()) == pytest.approx(1)
+
+
+def test_a_damaged_head_is_told_rather_than_nothing_found(tmp_path: Path) -> None:
+    model = _model("detect", "fcos", classes=1)
+    model.fcos.head.classification_head.cls_logits.bias.data.fill_(float("nan"))
+    info = ModelInfo(
+        architecture=NANO, task="detect", head={"name": "fcos", "channels": 64}, labels=("a",),
+        preprocess=Preprocess(size=(SIDE, SIDE)),
+    )  # fmt: skip
+    save_model(tmp_path / "m.safetensors", model, info)
+    with pytest.raises(ModelFileError, match="a weight is not finite"):
+        chiasm.load(tmp_path / "m.safetensors", device="cpu")
 
 
 def test_norms_over_one_image_are_refused_before_training() -> None:

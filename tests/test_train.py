@@ -563,7 +563,7 @@ MISTAKES: list[tuple[dict[str, Any], type[ChiasmError], str]] = [
     ({"color_jitter": 1.5}, ChiasmError, "color_jitter is 1.5: expected 0 to 1"),
     ({"task": "dettect"}, UnknownNameError, "did you mean detect"),
     ({"task": "segment"}, DataError, "not annotated for --task segment; expected folders images and masks"),
-    ({"head": "unet"}, ChiasmError, "head is unet: for boxes, masks and class maps alone"),
+    ({"head": "unet"}, ChiasmError, "head is unet: for the tasks detect, instances, segment alone"),
     ({"ignore_index": 300}, ChiasmError, "ignore_index is 300: expected 0 to 255"),
     ({"resume": "nowhere"}, ChiasmError, "nowhere: not a run folder"),
 ]

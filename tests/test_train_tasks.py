@@ -18,7 +18,7 @@ import chiasm
 from chiasm.cli import main
 from chiasm.config import TrainConfig
 from chiasm.engine.checkpoints import read_checkpoint
-from chiasm.errors import DataError
+from chiasm.errors import ChiasmError, DataError
 from chiasm.model_file import load_model
 from chiasm.tasks.validation import SCORES
 from chiasm.verbs.train import show
@@ -104,6 +104,19 @@ def test_masks_may_train_a_detector_of_boxes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not annotated for --task segment; expected folders images and masks"):
         chiasm.train(data=data, task="segment", out=str(tmp_path / "other"), **QUICK)
     assert not (tmp_path / "other").exists()
+
+
+def test_nothing_to_measure_is_told_before_training(tmp_path: Path) -> None:
+    data = Path(paint(tmp_path / "data", "instances"))
+    file = data / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"annotations": []}))
+    with pytest.raises(DataError, match="no val image has an object to be measured"):
+        chiasm.train(data=str(data), out=str(tmp_path / "run"), **QUICK)
+    file.write_text(json.dumps(content))
+    with pytest.raises(ChiasmError, match="for the tasks segment alone, and this one is 'instances'"):
+        chiasm.train(data=str(data), dice=3, out=str(tmp_path / "run"), **QUICK)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_broken_mask_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

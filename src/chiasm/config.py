@@ -348,7 +348,7 @@ class PredictConfig(Config):
         None, "folder for PNGs: class maps of a segmenter, numbered objects of a detector with masks"
     )
     top: int = _flag(3, "classes listed per image (classifiers)")
-    threshold: float = _flag(0.5, "least score of an object, 0 to 1 (detectors)")
+    threshold: float = _flag(0.5, "least score of an object, 0 to 1 (detectors; none is below 0.05)")
     zoom: float = _flag(1.0, "over 1: windows that overlap, of an image this much larger (segmenters)")
     every: int = _flag(1, "of a video: each n-th frame")
     branches: Literal["both", "conv", "tokens"] = _flag(

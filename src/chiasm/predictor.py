@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     OneImage = str | os.PathLike[str] | Image.Image | Tensor | np.ndarray
 
+_WINDOWS = 16  # canvases that a segmenter looks at at a time
 Seen = tuple[Tensor, list[Placement]]  # an image's canvases (K, C, h, w) and how it lies on them; [] for classification
 
 
@@ -99,8 +100,11 @@ class Predictor:
     ) -> None:
         if not 0 <= threshold <= 1:
             raise ChiasmError(f"threshold is {threshold}: expected a score from 0 to 1.")
-        if not 1 <= zoom <= 64:
-            raise ChiasmError(f"zoom is {zoom}: expected 1 (the whole image at once) to 64.")
+        if not 1 <= zoom <= 16:
+            raise ChiasmError(f"zoom is {zoom}: expected 1 (the whole image at once) to 16.")
+        if info.task != "classify" and not all(value.isfinite().all() for value in model.state_dict().values()):
+            # A head that says 'not a number' of every place would find nothing, and say so calmly.
+            raise _damaged(info, "a weight")
         if zoom > 1 and info.task != "segment":
             raise ChiasmError(f"zoom is {zoom}: windows are laid for segmentation; this model's task is '{info.task}'.")
         if image_size is not None:
@@ -197,17 +201,22 @@ class Predictor:
         """
         batch = batch.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         with torch.autocast("cuda", dtype=torch.bfloat16) if self._half else nullcontext():
-            outputs = self.task(batch)
+            # A large image's windows are many: as much memory as a few need.
+            parts = [self.task(part) for part in batch.split(_WINDOWS)] if self.info.task == "segment" else []
+            outputs = torch.cat(parts) if parts else self.task(batch)
             named = outputs if isinstance(outputs, dict) else {self.info.task: outputs}
             for name, values in named.items():
                 if not values.isfinite().all():
-                    raise ModelFileError(
-                        f"{self.info.architecture}: its output ({name}) is not finite; the weights are damaged or "
-                        "training diverged. Train again with a lower --lr, or take an earlier checkpoint."
-                    )
+                    raise _damaged(self.info, f"its output ({name})")
             return self.task.decode(outputs, sources, placements)
 
     def _answer(self, seen: Sequence[Seen], sources: Sequence[str]) -> list[Any]:
+        if any(len(placements) > 1 for _, placements in seen):  # the windows of one image are a batch of their own
+            return [
+                result
+                for (canvases, placements), source in zip(seen, sources, strict=True)
+                for result in self.answer(canvases, [source], [placements])
+            ]
         return self.answer(
             torch.cat([canvases for canvases, _ in seen]), sources, [placements for _, placements in seen]
         )
@@ -226,6 +235,13 @@ def _look(info: ModelInfo, zoom: float) -> Callable[[Tensor], Seen]:
         transform = eval_transform(info.preprocess)
         return lambda pixels: (transform(pixels)[None], [])
     return partial(Viewer(info.preprocess).windows, zoom=zoom)
+
+
+def _damaged(info: ModelInfo, what: str) -> ModelFileError:
+    return ModelFileError(
+        f"{info.architecture}: {what} is not finite; the weights are damaged or training diverged. Train again with a "
+        "lower --lr, or take an earlier checkpoint."
+    )
 
 
 def _use_branches(model: Any, name: str, branches: str) -> None:

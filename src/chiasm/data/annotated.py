@@ -79,15 +79,15 @@ class Objects:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def masks(self) -> Tensor:
-        """(N, H, W) bool, decoded now.
+    def masks(self, part: slice = slice(None)) -> Tensor:
+        """(N, H, W) bool, or of the objects of that part alone, decoded now.
 
         Raises:
             DataError: when there are boxes only.
         """
         if len(self.outlines) != len(self):
             raise DataError(f"image {self.image_id} has boxes without masks; it is for the task 'detect'.")
-        masks = [decode_mask(outline, self.height, self.width) for outline in self.outlines]
+        masks = [decode_mask(outline, self.height, self.width) for outline in self.outlines[part]]
         return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, self.height, self.width, dtype=torch.bool)
 
 
@@ -227,12 +227,13 @@ def annotated_problems(data: AnnotatedData) -> Iterator[str]:
     """What keeps `data` from being trained on, one line each."""
     if not any(len(split) for split in data.splits.values()):
         yield f"{data.name}: no image with a sound annotation{_first(data.findings)}."
-    elif data.task != "segment" and TRAIN in data.splits and not _has_objects(data.objects(TRAIN)):
+    elif data.task != "segment" and TRAIN in data.splits and not has_objects(data.objects(TRAIN)):
         yield f"{data.name}: no training image has an object{_first(data.findings)}; annotate some."
 
 
-def _has_objects(split: ObjectSplit) -> bool:
-    return any(len(split.objects(index)) for index in range(len(split)))
+def has_objects(split: ObjectSplit) -> bool:
+    """Whether any of its images has an object that is not a crowd."""
+    return any(bool((~split.objects(index).crowd).any()) for index in range(len(split)))
 
 
 def _first(findings: Sequence[Finding]) -> str:

@@ -62,7 +62,7 @@ def open_coco(parts: dict[str, Path], root: Path, task: str | None) -> Annotated
     if task is None:
         task = "instances" if any(_has_masks(content) for content in contents.values()) else "detect"
     elif task == "instances" and not any(_has_masks(content) for content in contents.values()):
-        raise DataError(f"{next(iter(parts.values()))}: boxes without masks; take --task detect.")
+        raise DataError(f"{next(iter(parts.values()))}: boxes without masks; they are for the task 'detect'.")
     findings: list[Finding] = []
     classes: dict[str, int] = {}
     splits: dict[str, Split] = {}

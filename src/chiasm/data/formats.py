@@ -66,7 +66,7 @@ def open_annotated(path: Path, task: str | None, ignore_index: int | None) -> An
             return open_coco(coco, path, task)
         if voc := find_voc(path):
             if task == "instances":
-                raise DataError(f"{path}: VOC boxes without masks; take --task detect.")
+                raise DataError(f"{path}: VOC boxes without masks; they are for the task 'detect'.")
             return open_voc(voc, path)
         if yolo := find_yolo(path, findings):
             return open_yolo(*yolo, path, task, findings)

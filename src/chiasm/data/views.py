@@ -26,6 +26,7 @@ from chiasm.errors import ChiasmError
 
 # Objects of which less than this is left, in pixels of either side, cannot be seen and are dropped.
 _LEAST = 1.0
+_AT_ONCE = 1 << 26  # pixels of masks at their images' size, one byte each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ class Viewer:
         seen = ((boxes[:, 2:] - boxes[:, :2]) >= _LEAST).all(dim=1)
         cut = None
         if masks:
-            cut = placement.place(tv_tensors.Mask(objects.masks())).as_subclass(Tensor)
+            cut = self._masks(objects, placement)
             seen &= cut.flatten(1).any(dim=1)
         target = ObjectTarget(
             boxes=boxes[seen],
@@ -145,6 +146,15 @@ class Viewer:
             placement=placement,
         )
         return self._image(image, placement), target
+
+    def _masks(self, objects: Objects, placement: Placement) -> Tensor:
+        """(N, h, w) bool on the canvas; of a large image a few at a time, since at its size they fill the memory."""
+        step = max(1, _AT_ONCE // (objects.height * objects.width))
+        parts = [
+            placement.place(tv_tensors.Mask(objects.masks(slice(start, start + step)))).as_subclass(Tensor)
+            for start in range(0, max(1, len(objects)), step)
+        ]
+        return torch.cat(parts)
 
     def map(self, image: Tensor, classes: Tensor) -> tuple[Tensor, MapTarget]:
         """A view of `image`, (3, H, W) uint8, with its class map (H, W) uint8."""

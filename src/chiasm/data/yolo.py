@@ -90,7 +90,7 @@ def open_yolo(
     rows = [row for found in lines.values() for _, _, read in found for _, row in read]
     polygons = any(len(row) >= 7 for row in rows)
     if task == "instances" and not polygons:
-        raise DataError(f"{root}: boxes without masks; take --task detect.")
+        raise DataError(f"{root}: boxes without masks; they are for the task 'detect'.")
     task = task or ("instances" if polygons else "detect")
     count = max((int(row[0]) for row in rows), default=-1) + 1
     classes = names or [f"class {i}" for i in range(min(count, 1000))]

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chiasm.config import TASK_DEFAULTS, TrainConfig
+from chiasm.config import TrainConfig
 from chiasm.errors import ChiasmError, DataError
 
 if TYPE_CHECKING:
     from chiasm.data import ImageData
 
 
-# What says how boxes, masks and maps are found: of no use to classification.
-_DENSE_ONLY = (
-    "head",
-    "head_args",
-    "maps",
-    "anchors",
-    "frozen_bn",
-    "scale_jitter",
-    "color_jitter",
-    "dice",
-    "ignore_index",
-)
-
-
-# What mixes images or takes parts of them, for one label each: boxes, masks and maps would not be true of the result.
-_CLASSIFY_ONLY = ("mixup", "cutmix", "rand_augment", "random_erasing")
+# Settings that are for some tasks alone; another task refuses what differs from its own default.
+_OBJECTS, _DENSE = ("detect", "instances"), ("detect", "instances", "segment")
+_TASKS_OF: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("head", "head_args", "maps", "frozen_bn", "scale_jitter", "color_jitter"), _DENSE),
+    "anchors": _OBJECTS,
+    **dict.fromkeys(("dice", "ignore_index"), ("segment",)),
+    **dict.fromkeys(("class_weights", "label_smoothing"), ("classify", "segment")),
+    **dict.fromkeys(("mixup", "cutmix", "rand_augment", "random_erasing", "crop_scale", "layer_decay"), ("classify",)),
+}
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -76,24 +69,23 @@ def check_settings(config: TrainConfig) -> None:
         raise ChiasmError(
             f"scale_jitter is {scale}: expected two numbers above 0, the smaller first, such as [0.5, 2]."
         )
-    for name in _CLASSIFY_ONLY:
-        if config.task in TASK_DEFAULTS and getattr(config, name):
+    usual = TrainConfig.from_flags(data=config.data or "-", task=config.task, recipe=config.recipe)
+    for name, tasks in _TASKS_OF.items():
+        if config.task not in tasks and getattr(config, name) != getattr(usual, name):
             raise ChiasmError(
-                f"{name} is {getattr(config, name)}: for one label per image alone, and the task is '{config.task}'; "
-                "leave it out. Here are --scale-jitter, --flip and --color-jitter."
+                f"{name} is {getattr(config, name)}: for the tasks {', '.join(tasks)} alone, and this one is "
+                f"'{config.task}'; leave it out, or say what to find in the images: --task {tasks[-1]}."
             )
-    if config.task == "classify":
-        usual = TrainConfig(data=config.data)
-        for name in _DENSE_ONLY:
-            if getattr(config, name) != getattr(usual, name):
-                raise ChiasmError(
-                    f"{name} is {getattr(config, name)}: for boxes, masks and class maps alone, and this data has one "
-                    "label per image; leave it out, or give --task detect, instances or segment."
-                )
 
 
 def check_data(data: ImageData) -> None:
     """Raise `DataError` where there is nothing to train on or nothing to validate with."""
+    from chiasm.data.annotated import ObjectSplit, has_objects
+
     for name in ("train", "val"):
         if name not in data.splits or not len(data.splits[name]):
             raise DataError(f"{data.name}: no {name} images; see 'chiasm data' for what is there.")
+        split = data.splits[name]
+        if isinstance(split, ObjectSplit) and not has_objects(split):
+            use = "learned from" if name == "train" else "measured, so no epoch could be chosen"
+            raise DataError(f"{data.name}: no {name} image has an object to be {use}; annotate some (crowds are none).")

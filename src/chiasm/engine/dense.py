@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,18 +49,19 @@ def build_dense(config: TrainConfig, data: ImageData, *, load: bool = True) -> t
     if config.model in swin.SIZES:
         own.setdefault("out_norms", True)  # as in the authors' detectors (arXiv 2103.14030, section 4.2)
     backbone, model_args, loaded = build_model(replace(config, model_args=own, freeze=[]), 0, load=load)
-    preprocess = replace(preprocess_of(backbone, config.image_size), crop=1.0)
+    # What views do to an image, said for those who do it without us.
+    preprocess = replace(preprocess_of(backbone, config.image_size), crop=1.0, interpolation="bilinear")
     name = next(iter(HEADS[config.task])) if config.head == "auto" else config.head
     head = {"name": name, "maps": config.maps, **_for_objects(config, data, name, preprocess), **config.head_args}
     model = with_head(backbone, len(data.classes), task=config.task, architecture=config.model, **head)
     model.to(memory_format=torch.channels_last)
     check_size(model, config.model, preprocess)
     if config.frozen_bn == "yes" or (config.frozen_bn == "auto" and (config.pretrained or config.weights)):
-        _freeze_batch_norms(backbone)
+        _freeze_batch_norms(backbone, config)
     if config.freeze:
         freeze(model, config.freeze)
     _freeze_unread(model, preprocess)
-    _check_batch(model, config)
+    _check_batch(model, config, name)
     info = ModelInfo(
         architecture=config.model,
         model_args=model_args,
@@ -77,14 +80,14 @@ def build_dense(config: TrainConfig, data: ImageData, *, load: bool = True) -> t
 
 
 def pixel_weights(data: AnnotatedData) -> Tensor:
-    """Per class (classes,) 1 / ln(1.02 + its share of the pixels), 1 on average; 0 for a class without any.
+    """Per class (classes,) 1 / ln(1.02 + its share of the pixels), 1 on average.
 
     The formula is that of ENet (Paszke et al. 2016, arXiv 1606.02147, section 5.2), milder than the inverse frequency.
-    Counted over up to 200 class maps, evenly spaced.
+    Counted over up to 200 class maps, evenly spaced; a class that none of them shows weighs as much as the rarest.
     """
     split = data.maps(TRAIN)
     counts = torch.zeros(len(data.classes), dtype=torch.float64)
-    for index in range(0, len(split), max(1, len(split) // _COUNTED)):
+    for index in range(0, len(split), math.ceil(len(split) / _COUNTED)):
         try:
             classes = split.sample(index)[1]
         except ImageError:
@@ -92,8 +95,9 @@ def pixel_weights(data: AnnotatedData) -> Tensor:
         counts += torch.bincount(classes[classes != IGNORE].long().flatten(), minlength=len(counts))
     if not counts.any():
         raise DataError(f"{data.name}: no training image has a pixel of a known class.")
-    weights = (counts > 0) / (1.02 + counts / counts.sum()).log()
-    return (weights * (counts > 0).sum() / weights.sum()).float()
+    counts[counts == 0] = counts[counts > 0].min()
+    weights = 1 / (1.02 + counts / counts.sum()).log()
+    return (weights / weights.mean()).float()
 
 
 def _for_objects(config: TrainConfig, data: AnnotatedData, head: str, preprocess: Preprocess) -> dict[str, Any]:
@@ -117,9 +121,12 @@ def _for_objects(config: TrainConfig, data: AnnotatedData, head: str, preprocess
     return own
 
 
-def _freeze_batch_norms(backbone: nn.Module) -> None:
-    """Batch norms keep their statistics, since batches of a few large images have none worth having."""
-    for module in backbone.modules():
+def _freeze_batch_norms(backbone: nn.Module, config: TrainConfig) -> None:
+    """Batch norms keep their statistics, since batches of a few large images have none worth having; where only parts
+    were loaded, theirs."""
+    loaded = re.findall(r"(?:^|,)([A-Za-z_]\w*)=", config.weights or "") if config.frozen_bn == "auto" else []
+    parts = [getattr(backbone, part) for part in loaded] or [backbone]
+    for module in chain.from_iterable(part.modules() for part in parts):
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
@@ -139,10 +146,10 @@ def _freeze_unread(model: nn.Module, preprocess: Preprocess) -> None:
     model.train(was_training)
 
 
-def _check_batch(model: nn.Module, config: TrainConfig) -> None:
-    pooled = any(isinstance(module, nn.AdaptiveAvgPool2d) for module in model.modules())
+def _check_batch(model: nn.Module, config: TrainConfig, head: str) -> None:
+    pooled = any(isinstance(module, nn.AdaptiveAvgPool2d) for module in getattr(model, "decoder", model).modules())
     if config.task == "segment" and config.batch_size == 1 and pooled:
         raise ChiasmError(
-            f"batch_size is 1: {config.head} norms pooled features over the batch and needs 2 images or more; "
+            f"batch_size is 1: {head} norms pooled features over the batch and needs 2 images or more; "
             "give --batch-size 2, or --head fpn or unet."
         )

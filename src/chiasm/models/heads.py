@@ -42,6 +42,9 @@ def with_head(
     """
     known = HEADS[task]
     name = next(iter(known)) if name == "auto" else name
+    others = [other for other, heads in HEADS.items() if name in heads]
+    if name not in known and others:
+        raise ChiasmError(f"{name} is a head for --task {others[0]}; for '{task}' there is {', '.join(known)}.")
     if name not in known:
         raise UnknownNameError(f"head for '{task}'", name, known, f"It is one of {', '.join(known)}.")
     build = known[name]
@@ -50,7 +53,29 @@ def with_head(
     for option in own:
         if option not in options:
             raise UnknownNameError(f"argument of {name}", option, options, f"It takes {', '.join(options)}.")
+    for option, value in own.items():
+        _check(name, option, value)
     try:
         return build(backbone, Maps(backbone, maps, name=architecture), num_classes, **own)
     except (TypeError, ValueError) as error:
         raise ChiasmError(f"{name} cannot be built with {own}: {error}.") from error
+
+
+_SHARES, _LISTS = ("threshold", "nms"), ("anchors", "ratios")
+
+
+def _check(head: str, option: str, value: Any) -> None:
+    """Arguments of heads are whole numbers from 1, shares, or lists of sizes."""
+    if option in _SHARES:
+        sound, expected = _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"
+    elif option in _LISTS:
+        sound = isinstance(value, (list, tuple)) and bool(value) and all(_is_number(v) and v > 0 for v in value)
+        expected = "a list of numbers above 0"
+    else:
+        sound, expected = value is None or (type(value) is int and value >= 1), "a whole number from 1"
+    if not sound:
+        raise ChiasmError(f"{option} of {head} is {value!r}: expected {expected}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -80,7 +80,9 @@ class Detect(nn.Module):
         kept = (found["scores"] >= self.threshold) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         masks = None
         if self.masks:
-            whole = placement.to_original(found["boxes"][kept], clip=False)
+            # Heads learn masks by torchvision's RoIAlign, which takes a pixel's centre for its corner: what they say of
+            # a place is true half a pixel further on.
+            whole = placement.to_original(found["boxes"][kept] + 0.5, clip=False)
             masks = paste_masks(found["masks"][kept], whole, placement.original)
         return Detections(
             source=source,
@@ -167,6 +169,7 @@ def _to_learn(target: ObjectTarget, device: torch.device) -> dict[str, Tensor]:
 
 def _as_objects(target: ObjectTarget, height: int, width: int) -> Objects:
     """What is seen of the true objects on the canvas."""
+    target = target.to("cpu")
     boxes = target.boxes
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
     outlines: tuple[dict[str, Any], ...] = ()

@@ -67,7 +67,7 @@ class Segment(nn.Module):
         )  # fmt: skip
         # Not 'mean': of a batch without any known pixel that is no number.
         whole = known.sum() if self.class_weights is None else self.class_weights[targets[known]].sum()
-        terms = {"loss/entropy": entropy / whole.clamp(min=1e-6)}
+        terms = {"loss/entropy": torch.where(whole > 0, entropy / whole.clamp(min=1e-6), entropy * 0)}
         if self.dice:
             from segmentation_models_pytorch.losses import DiceLoss
 

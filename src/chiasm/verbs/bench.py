@@ -202,6 +202,11 @@ def _build(ref: str, size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int
         own = preprocess_of(model).size
     else:
         model, info = resolve_model(ref)
+        if info.task != "classify":
+            raise ChiasmError(
+                f"{ref} is a model for '{info.task}': bench measures classifiers and backbones; give its backbone, "
+                f"{info.architecture}."
+            )
         own = info.preprocess.size
     if size is not None and size != own:
         set_input_size(model, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from chiasm.config import TrainConfig
@@ -49,6 +50,8 @@ def train(**flags: Any) -> TrainResult:
 
 def show(result: TrainResult, config: TrainConfig) -> int:
     """Print what came out; returns the exit code."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return 0  # of several processes the first one tells
     from rich.console import Console
 
     console = Console(soft_wrap=True, markup=False, highlight=False)
