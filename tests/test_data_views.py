@@ -226,3 +226,16 @@ def test_a_target_survives_the_way_between_processes(masks: bool, count: int) ->
 def test_views_that_make_no_sense(options: dict) -> None:
     with pytest.raises(ChiasmError, match="expected"):
         Viewer(Preprocess(size=(8, 8)), **options)
+
+
+@pytest.mark.parametrize("zoom", [0.3, 0.5, 0.7, 1.0, 1.5, 2.0])
+def test_masks_stay_in_the_middle_of_their_boxes(zoom: float) -> None:
+    """A disc's centre of mass, at any size, is its box's centre: nothing is moved by the resizing."""
+    y, x = torch.meshgrid(torch.arange(200) + 0.5, torch.arange(200) + 0.5, indexing="ij")
+    disc = (x - 90.0) ** 2 + (y - 110.0) ** 2 <= 40.0**2
+    side = round(200 * zoom)
+    placement = letterbox((200, 200), (side, side))
+    placed = placement.place(tv_tensors.Mask(disc[None]))[0]
+    rows, columns = placed.nonzero(as_tuple=True)
+    centre = torch.stack((columns.float().mean(), rows.float().mean())) + 0.5
+    torch.testing.assert_close(centre, torch.tensor([90.0, 110.0]) * side / 200, rtol=0, atol=0.12)

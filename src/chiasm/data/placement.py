@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -80,7 +81,7 @@ class Placement:
             fill: the value, one or per channel, where there is no image.
         """
         (top, left), (height, width) = self.offset, self.canvas
-        image = F.resize(image, list(self.resized), antialias=True)
+        image = _resized(image, self.resized)
         if self.mirrored:
             image = F.horizontal_flip(image)
         right, bottom = width - left - self.resized[1], height - top - self.resized[0]
@@ -134,6 +135,15 @@ def jitter(original: tuple[int, int], canvas: tuple[int, int], *, scale: tuple[f
     top, left = (min(s, 0) + int(torch.randint(abs(s) + 1, ())) for s in spare)
     mirrored = bool(torch.rand(()) < flip)
     return Placement(original=original, resized=resized, offset=(top, left), canvas=canvas, mirrored=mirrored)
+
+
+def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images are averaged. Of masks each pixel takes the value at its own centre: torchvision's resizing takes that at
+    its upper left corner, which moves masks against their boxes by up to half a pixel."""
+    if not isinstance(image, tv_tensors.Mask):
+        return F.resize(image, list(size), antialias=True)
+    nearest = F.resize_image(image.as_subclass(Tensor), list(size), InterpolationMode.NEAREST_EXACT)
+    return tv_tensors.wrap(nearest, like=image)
 
 
 def _scaled(size: tuple[int, int], factor: float, at_most: tuple[int, int] = (2**31, 2**31)) -> tuple[int, int]:
