@@ -230,7 +230,7 @@ def test_views_that_make_no_sense(options: dict) -> None:
 
 @pytest.mark.parametrize("zoom", [0.3, 0.45, 0.7, 1.0, 1.4, 2.0])
 def test_masks_stay_in_the_middle_of_their_boxes(zoom: float) -> None:
-    """A disc's centre of mass, at any size, is its box's centre: nothing is moved. (At one half exactly a centre lies between two pixels.)"""
+    """A disc's centre of mass is its box's centre at any size but one half, where centres lie between two pixels."""
     y, x = torch.meshgrid(torch.arange(200) + 0.5, torch.arange(200) + 0.5, indexing="ij")
     disc = (x - 90.0) ** 2 + (y - 110.0) ** 2 <= 40.0**2
     side = round(200 * zoom)
