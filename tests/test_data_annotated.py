@@ -530,7 +530,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], list[str]]] = {
         {},
         ["means val", "give one of the files itself"],
     ),
-    "masks where there are boxes": (voc, {"task": "instances"}, ["boxes without masks", "--task detect"]),
+    "masks where there are boxes": (voc, {"task": "instances"}, ["boxes without masks", "for the task 'detect'"]),
     "maps where there are boxes": (voc, {"task": "segment"}, ["not annotated for --task segment", "images and masks"]),
     "boxes where there are maps": (masks, {"task": "detect"}, ["not annotated for --task detect", "COCO JSON"]),
     "unknown task": (masks, {"task": "segmentation"}, ["unknown task", "segment"]),

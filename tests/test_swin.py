@@ -340,7 +340,7 @@ def test_other_ways_to_run_see_the_same_network(way: str) -> None:
         torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
 
 
-@pytest.mark.parametrize("size", [(64, 64), (75, 50)], ids=str)
+@pytest.mark.parametrize("size", [(75, 50)], ids=str)
 def test_compiles_in_one_graph(size: tuple[int, int]) -> None:
     model = _awake(create_model("swin_nano_window4_128", num_classes=3, depths=(2, 2), num_heads=(1, 2)))
     images = torch.randn(2, 3, *size)
