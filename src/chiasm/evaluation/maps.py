@@ -12,13 +12,13 @@ from torch import Tensor
 from chiasm.data.annotated import IGNORE, MapSplit
 from chiasm.errors import DataError, ImageError
 from chiasm.evaluation.measured import LISTED, Manner, Measured
-from chiasm.evaluation.reading import ReadAhead
+from chiasm.evaluation.reading import compare
 from chiasm.predictor import Predictor
 from chiasm.report.evaluation import Setting, share
 from chiasm.report.evaluation_maps import MapCase, maps_page
 from chiasm.report.html import Page
 from chiasm.report.pairs import Pair, map_pair
-from chiasm.tasks.segment_metrics import SegmentationMetrics, SegmentationScores
+from chiasm.tasks.segment_metrics import SegmentationScores
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,16 +115,8 @@ def measure(
             raise stranger(int(strange[found][0]))
         return image, table[classes.numpy()]
 
-    reader = ReadAhead(read, len(places), batch_size=manner.batch_size, workers=manner.workers)
-    metrics: SegmentationMetrics = predictor.task.metrics()
-    measured: list[int] = []
-    for batch in manner.watched(reader, -(-len(places) // manner.batch_size)):
-        if batch:
-            metrics.update(predictor([image for _, (image, _) in batch]), [truth for _, (_, truth) in batch])
-            measured += [index for index, _ in batch]
-    if not measured:
-        raise DataError(f"none of the {len(places)} images can be read; the first: {reader.failures[0]}")
-    scores = metrics.compute()
+    metrics, measured, failures = compare(predictor, read, len(places), manner)
+    scores: SegmentationScores = metrics.compute()
     if not scores.pixels:
         raise DataError(f"none of the {len(measured)} images has a pixel of a known class; label some.")
     cases = [
@@ -145,6 +137,6 @@ def measure(
         scores=scores,
         worst=tuple(worst[:LISTED]),
         best=tuple(best[:LISTED]),
-        failures=tuple(reader.failures),
+        failures=failures,
         pictures=(tuple(map(drawn, worst[:pairs])), tuple(map(drawn, best[:pairs]))),
     )

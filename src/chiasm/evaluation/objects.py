@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from chiasm.data.annotated import Objects, ObjectSplit
 from chiasm.errors import DataError, ImageError
 from chiasm.evaluation.measured import LISTED, Manner, Measured
-from chiasm.evaluation.reading import ReadAhead
+from chiasm.evaluation.reading import compare
 from chiasm.predictor import Predictor
 from chiasm.report.evaluation import Setting, share
 from chiasm.report.evaluation_objects import ObjectCase, objects_page
@@ -129,26 +130,13 @@ def measure(
     ids = _image_ids(places)
     table = torch.tensor(lookup, dtype=torch.int64)
 
-    def truth(index: int) -> Objects:
+    def read(index: int) -> tuple[Tensor, Objects]:
         split, i = places[index]
         objects = split.objects(i)
-        return replace(objects, image_id=ids[index], labels=table[objects.labels])
+        return split.read(i), replace(objects, image_id=ids[index], labels=table[objects.labels])
 
-    reader = ReadAhead(
-        lambda index: places[index][0].read(places[index][1]),
-        len(places),
-        batch_size=manner.batch_size,
-        workers=manner.workers,
-    )
-    metrics: DetectionMetrics = predictor.task.metrics()
-    measured: list[int] = []
-    for batch in manner.watched(reader, -(-len(places) // manner.batch_size)):
-        if batch:
-            metrics.update(predictor([image for _, image in batch]), [truth(index) for index, _ in batch])
-            measured += [index for index, _ in batch]
-    if not measured:
-        raise DataError(f"none of the {len(places)} images can be read; the first: {reader.failures[0]}")
-    scores = metrics.compute()
+    metrics, measured, failures = compare(predictor, read, len(places), manner)
+    scores: DetectionScores = metrics.compute()
     cases = [
         ObjectCase(
             source=places[index][0].sources[places[index][1]],
@@ -167,15 +155,14 @@ def measure(
     pairs = min(manner.gallery // 2, len(cases) // 2)
 
     def drawn(case: ObjectCase) -> Pair:
-        split, i = places[case.index]
-        image = split.read(i)
-        return objects_pair(case, image, predictor(image)[0].above(SURE), truth(case.index))
+        image, truth = read(case.index)
+        return objects_pair(case, image, predictor(image)[0].above(SURE), truth)
 
     return ObjectsMeasured(
         scores=scores,
         worst=tuple(worst[:LISTED]),
         best=tuple(best[:LISTED]),
-        failures=tuple(reader.failures),
+        failures=failures,
         pictures=(tuple(map(drawn, worst[:pairs])), tuple(map(drawn, best[:pairs]))),
         rows=tuple(_rows(metrics, [places[index] for index in measured], classes)),
     )

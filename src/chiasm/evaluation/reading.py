@@ -6,10 +6,16 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from chiasm.data.machine import cores
-from chiasm.errors import ChiasmError, ImageError
+from chiasm.errors import ChiasmError, DataError, ImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from chiasm.evaluation.measured import Manner
+    from chiasm.predictor import Predictor
 
 T = TypeVar("T")
 _log = logging.getLogger("chiasm.data")
@@ -58,3 +64,32 @@ class ReadAhead(Generic[T]):
                 _log.warning("%s It is left out.", error)
                 # A fresh one: the caught one holds on to the frames it was raised in.
                 self.failures.append(ImageError(error.path, error.reason))
+
+
+def compare(
+    predictor: Predictor, read: Callable[[int], tuple[Tensor, Any]], count: int, manner: Manner
+) -> tuple[Any, list[int], tuple[ImageError, ...]]:
+    """The results of the images 0 .. `count` - 1 beside what is true of them.
+
+    Args:
+        predictor: gives the results, and the metrics that take both.
+        read: reads an image, uint8 (3, H, W), and what is true of it; it raises `ImageError`.
+        count: how many there are.
+        manner: how.
+
+    Returns:
+        The metrics, the images measured in the order they were, and those that cannot be read.
+
+    Raises:
+        DataError: when none of the images can be read.
+    """
+    reader = ReadAhead(read, count, batch_size=manner.batch_size, workers=manner.workers)
+    metrics = predictor.task.metrics()
+    measured: list[int] = []
+    for batch in manner.watched(reader, -(-count // manner.batch_size)):
+        if batch:
+            metrics.update(predictor([image for _, (image, _) in batch]), [truth for _, (_, truth) in batch])
+            measured += [index for index, _ in batch]
+    if not measured:
+        raise DataError(f"none of the {count} images can be read; the first: {reader.failures[0]}")
+    return metrics, measured, tuple(reader.failures)

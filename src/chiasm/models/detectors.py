@@ -29,39 +29,20 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from chiasm.errors import ChiasmError
-from chiasm.models.maps import Maps
+from chiasm.models.maps import Maps, OnMaps
 
 Pyramid = dict[str, Tensor]
 
 IMAGE = "image"  # in the pyramid: the images themselves, for their size
 RATIOS = (0.5, 1.0, 2.0)
-ROI_SIDE, MASK_SIDE = 7, 14
+ROI_SIDE = 7
 
 
-class Detector(nn.Module):
-    """What the detectors share: backbone and pyramid.
-
-    Args:
-        backbone: a timm model.
-        maps: which of its maps are read.
-        num_classes: classes, without a background.
-        channels: of every level of the pyramid, a multiple of 32 from 64; default: 256, and 128 for backbones whose
-            deepest map has fewer than 512 channels.
-        extra: what makes the levels beyond the backbone's.
-
-    Raises:
-        ChiasmError: for a number of channels that cannot be.
-    """
+class Detector(OnMaps):
+    """What the detectors share: a feature pyramid whose every level has `channels`. Arguments as for `OnMaps`."""
 
     heads: tuple[str, ...]
     fpn: nn.Module
-
-    def __init__(self, backbone: nn.Module, maps: Maps, num_classes: int, channels: int | None) -> None:
-        super().__init__()
-        self.backbone, self.maps, self.num_classes = backbone, maps, num_classes
-        self.channels = channels or (256 if maps.channels[-1] >= 512 else 128)
-        if self.channels % 32 or self.channels < 64:
-            raise ChiasmError(f"channels is {self.channels}: expected a multiple of 32 from 64, such as 128.")
 
     def forward(self, images: Tensor) -> Pyramid:
         """Images (B, C, H, W) -> levels (B, channels, h, w) by name, from fine to coarse, and the images as 'image'."""
@@ -90,10 +71,6 @@ class Detector(nn.Module):
     def get_classifier(self) -> list[nn.Module]:
         """All but the backbone."""
         return [getattr(self, name) for name in self.heads]
-
-    def no_weight_decay(self) -> set[str]:
-        own: set[str] = getattr(self.backbone, "no_weight_decay", set)()
-        return {f"backbone.{name}" for name in own}
 
     def _levels(self, maps: list[Tensor]) -> list[Tensor]:
         return maps

@@ -17,7 +17,6 @@ from chiasm.errors import ChiasmError
 from chiasm.layers.tokens import resize_map
 
 STRIDES = (4, 8, 16, 32)
-CHOICES = ("auto", "conv", "tokens", "both")
 
 
 class Level(NamedTuple):
@@ -82,6 +81,32 @@ class Maps:
             parts = [resize_map(seen[level.branch, level.place], size) for level in picked]
             given.append(parts[0] if len(parts) == 1 else cat(parts, dim=1))
         return given
+
+
+class OnMaps(nn.Module):
+    """What detectors and segmenters share: a backbone, the maps that are read of it, and the width of the head.
+
+    Args:
+        backbone: a timm model.
+        maps: which of its maps are read.
+        num_classes: classes, without a background.
+        channels: width of the head, a multiple of 32 from 64; default: 256, and 128 for backbones whose deepest map has
+            fewer than 512 channels.
+
+    Raises:
+        ChiasmError: for a number of channels that cannot be.
+    """
+
+    def __init__(self, backbone: nn.Module, maps: Maps, num_classes: int, channels: int | None) -> None:
+        super().__init__()
+        self.backbone, self.maps, self.num_classes = backbone, maps, num_classes
+        self.channels = channels or (256 if maps.channels[-1] >= 512 else 128)
+        if self.channels % 32 or self.channels < 64:
+            raise ChiasmError(f"channels is {self.channels}: expected a multiple of 32 from 64, such as 128.")
+
+    def no_weight_decay(self) -> set[str]:
+        own: set[str] = getattr(self.backbone, "no_weight_decay", set)()
+        return {f"backbone.{name}" for name in own}
 
 
 def _levels(backbone: Any, name: str, *, branched: bool) -> list[Level]:

@@ -15,27 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chiasm.errors import ChiasmError
 from chiasm.layers.tokens import pad_to_multiple, resize_map
-from chiasm.models.maps import Maps
+from chiasm.models.maps import Maps, OnMaps
 
 DECODERS = ("upernet", "fpn", "deeplabv3plus", "unet")
 _COARSEST = 32
 
 
-class Segmenter(nn.Module):
+class Segmenter(OnMaps):
     """Images (B, C, H, W) -> logits (B, num_classes, H, W).
 
     Args:
-        backbone: a timm model.
-        maps: which of its maps are read.
-        num_classes: classes.
+        backbone, maps, num_classes, channels: as for `OnMaps`.
         decoder: see the top of this file.
-        channels: width of the decoder, a multiple of 32 from 64; default: 256, and 128 for backbones whose deepest
-            map has fewer than 512 channels.
-
-    Raises:
-        ChiasmError: for a number of channels that cannot be.
     """
 
     def __init__(
@@ -47,12 +39,9 @@ class Segmenter(nn.Module):
         decoder: str = "upernet",
         channels: int | None = None,
     ) -> None:
-        super().__init__()
-        self.backbone, self.maps, self.num_classes, self.kind = backbone, maps, num_classes, decoder
-        width = channels or (256 if maps.channels[-1] >= 512 else 128)
-        if width % 32 or width < 64:
-            raise ChiasmError(f"channels is {width}: expected a multiple of 32 from 64, such as 128.")
-        self.decoder, out = _decoder(decoder, maps.channels, width)
+        super().__init__(backbone, maps, num_classes, channels)
+        self.kind = decoder
+        self.decoder, out = _decoder(decoder, maps.channels, self.channels)
         self.classify = nn.Conv2d(out, num_classes, kernel_size=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -72,10 +61,6 @@ class Segmenter(nn.Module):
     def get_classifier(self) -> list[nn.Module]:
         """All but the backbone."""
         return [self.decoder, self.classify]
-
-    def no_weight_decay(self) -> set[str]:
-        own: set[str] = getattr(self.backbone, "no_weight_decay", set)()
-        return {f"backbone.{name}" for name in own}
 
 
 def _decoder(kind: str, channels: list[int], width: int) -> tuple[nn.Module, int]:
