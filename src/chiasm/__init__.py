@@ -30,6 +30,7 @@ _PUBLIC = {
     "Classification": "chiasm.results",
     "Detections": "chiasm.results",
     "Segmentation": "chiasm.results",
+    "Explanation": "chiasm.results",
 }
 
 __all__ = ["__version__", *_PUBLIC]
