@@ -97,6 +97,16 @@ def letterbox(original: tuple[int, int], canvas: tuple[int, int]) -> Placement:
     return Placement(original=original, resized=resized, offset=offset, canvas=canvas)
 
 
+def cover(original: tuple[int, int], canvas: tuple[int, int], crop: float) -> Placement:
+    """The image's middle, filling the canvas: resized to cover (canvas / crop), as classifiers see it."""
+    box = [side / crop for side in canvas]
+    factor = max(box[0] / original[0], box[1] / original[1])
+    # Never below the canvas, whatever the rounding.
+    height, width = (max(round(side * factor), least) for side, least in zip(original, canvas, strict=True))
+    offset = -round((height - canvas[0]) / 2), -round((width - canvas[1]) / 2)
+    return Placement(original=original, resized=(height, width), offset=offset, canvas=canvas)
+
+
 def windows(original: tuple[int, int], canvas: tuple[int, int], *, zoom: float = 1.0) -> list[Placement]:
     """The image `zoom` times as large as fits the canvas, seen through windows of its size.
 

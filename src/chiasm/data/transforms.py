@@ -25,6 +25,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from chiasm.config import Preprocess, TrainConfig
+from chiasm.data.placement import cover
 from chiasm.errors import ChiasmError
 
 # A training image is kept at most this many times as large as the network's input (shorter side): then crops down to a
@@ -75,12 +76,8 @@ class EvalTransform(Transform):
     """Resize to cover the (size / crop) box, centre crop, normalise."""
 
     def prepare(self, image: Tensor) -> Tensor:
-        box = [side / self.crop for side in self.size]
-        height, width = image.shape[-2:]
-        factor = max(box[0] / height, box[1] / width)
-        # Never below the crop's size, whatever the rounding.
-        sides = [max(round(side * factor), least) for side, least in zip((height, width), self.size, strict=True)]
-        return F.center_crop(self._resize(image, *sides), list(self.size))
+        placement = cover((image.shape[-2], image.shape[-1]), self.size, self.crop)
+        return F.crop(self._resize(image, *placement.resized), *(-side for side in placement.offset), *self.size)
 
     def finish(self, image: Tensor) -> Tensor:
         return self.normalise(image)

@@ -41,6 +41,10 @@ class MapToTokens(nn.Module):
         # The reference adds the class token to itself here, at every coupled block; published weights rely on it.
         return torch.cat([2 * class_token, patch_tokens + F.gelu(self.norm(map_to_tokens(x)))], dim=1)
 
+    def silent(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """What it would give if nothing came from the map."""
+        return torch.cat([2 * tokens[:, :1], tokens[:, 1:]], dim=1)
+
 
 class TokensToMap(nn.Module):
     """Coupling up: tokens (B, 1 + N, D) onto a map (B, C, H, W), giving the input of the 3x3 convolution.
@@ -68,3 +72,7 @@ class TokensToMap(nn.Module):
         cells = x.permute(0, 2, 3, 1).unflatten(2, (size[1], -1)).unflatten(1, (size[0], -1))  # (B, h, s, w, s, C)
         added = cells + coarse.permute(0, 2, 3, 1)[:, :, None, :, None]
         return added.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+    def silent(self, tokens: Tensor, x: Tensor) -> Tensor:
+        """What it would give if nothing came from the tokens."""
+        return x

@@ -61,6 +61,10 @@ class Exchange(nn.Module):
             said = x + self.to_map[:, None, None] * self.up(tokens, x, grid)
         return said, heard
 
+    def silent(self, x: Tensor, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """What it would give if neither branch heard the other."""
+        return x, tokens
+
 
 # ----------------------------------------------------------------------------------------- feature coupling unit
 

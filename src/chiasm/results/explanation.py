@@ -24,11 +24,10 @@ class Explanation:
         size: height and width of the image in pixels.
         subject: what is explained, in words: a class, or an object's class, score and place.
         label: the index of its class.
-        scores: what each branch, by name, gives the class, 0..1; of a model without branches, of a detector and of a
-            segmenter 'model' alone.
-        maps: (h, w) float32, from 0, by name: '<branch>/<method>' of each branch ('conv' and 'tokens', or 'model'; methods
-            'gradcam', 'rollout', 'gradient_rollout'), each at the resolution it was computed at, and 'fused'. A map sums
-            to 1, or is 0 everywhere where nothing spoke for the class.
+        scores: what the model gives the class, 0..1, as 'model', and what each branch with a head gives it, by name.
+        maps: (h, w) float32, from 0, by name: '<branch>/<method>' of each branch ('conv' and 'tokens', or 'model';
+            methods 'gradcam', 'rollout', 'gradient_rollout'), each at the resolution it was computed at, and 'fused',
+            which of one branch is that branch's. A map sums to 1, or is 0 where nothing spoke for the class.
         region: left, top, right, bottom of what the maps cover, in pixels of the image: a part of it where the network
             saw its middle alone, more than it where it lay on a larger canvas.
         box: of an object its left, top, right, bottom in pixels of the image; None otherwise.

@@ -1,0 +1,335 @@
+"""Explanations of one image by any model: what each branch saw that spoke for the answer.
+
+explainer = open_explainer("runs/photos-1")
+explainer.explain(pixels, "cat.jpg")     # [Explanation]: the class; the best objects; the largest regions
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chiasm.data.placement import Placement, cover
+from chiasm.data.transforms import eval_transform
+from chiasm.data.views import Viewer
+from chiasm.errors import ChiasmError, UnknownNameError
+from chiasm.explaining.maps import choose, gradcam, gradient_rollout, rollout
+from chiasm.explaining.record import Feature, Recording, record, uncoupled
+from chiasm.inference import optimize
+from chiasm.model_file import ModelInfo, resolve_model
+from chiasm.models import set_input_size
+from chiasm.models.taps import taps_of
+from chiasm.predictor import choose_device
+from chiasm.results import Detections, Explanation, Segmentation
+from chiasm.results.explanation import FUSED
+from chiasm.tasks import make_task
+from chiasm.tasks.classify import mean_logits
+
+COARSEST_SHOWN = 8  # px: maps of an object or region are shown at this stride, where the network has no coarser alone
+
+
+def open_explainer(
+    ref: str | os.PathLike[str], *, device: str = "auto", image_size: int | None = None, level: int | None = None
+) -> Explainer:
+    """The explainer of a model file, a run folder or an architecture's name; arguments as for `Explainer`.
+
+    Raises:
+        ModelFileError, UnknownNameError: when `ref` names no model.
+    """
+    model, info = resolve_model(os.fspath(ref))
+    return Explainer(model, info, device=device, image_size=image_size, level=level)
+
+
+class Explainer:
+    """Heat maps of a model's answers.
+
+    Args:
+        model: any timm model with `len(info.labels)` classes, or one `with_head`.
+        info: what a model file says of it.
+        device: 'auto', 'cpu', 'cuda' ...
+        image_size: side of the square input in pixels; default: what the model was made for. Larger gives finer maps
+            from networks that take any size.
+        level: which of a branch's features Grad-CAM is made of: -1 the deepest, -2 the one before; default: the deepest
+            with at least 7 places a side.
+
+    Attributes:
+        info, device: as given, with `image_size` applied.
+        network: what is watched: the classifier, or the backbone of a detector or segmenter.
+        branches: ('conv', 'tokens'), or ('model',).
+        exchanges: whether its coupling can be turned off.
+
+    Raises:
+        ChiasmError: for a device that is not here, a size that the model cannot take, a level it does not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        info: ModelInfo,
+        *,
+        device: str = "auto",
+        image_size: int | None = None,
+        level: int | None = None,
+    ) -> None:
+        self._dense = info.task != "classify"
+        if image_size is not None:
+            if image_size < 1:
+                raise ChiasmError(f"image_size is {image_size}: expected 1 or more.")
+            set_input_size(getattr(model, "backbone", model) if self._dense else model, (image_size, image_size))
+            info = replace(info, preprocess=replace(info.preprocess, size=(image_size, image_size)))
+        self.info = info
+        self.device = choose_device(device)
+        model = model.eval().requires_grad_(False).to(self.device)
+        self._task = make_task(info.task, model, info.labels).eval()
+        self._fast: Any = None  # for many images without gradients
+        self.network: nn.Module = model.backbone if self._dense else model  # type: ignore[assignment]
+        self._taps = taps_of(self.network)
+        self.branches = self._taps.branches
+        self.exchanges = bool(self._taps.exchanges)
+        self._transform = Viewer(info.preprocess) if self._dense else eval_transform(info.preprocess)
+        self._level = level
+
+    def canvas(self, pixels: Tensor) -> tuple[Tensor, Placement]:
+        """A decoded image, uint8 (3, H, W), as the network takes it, (1, C, h, w), and how it lies there."""
+        if isinstance(self._transform, Viewer):
+            canvases, (placement,) = self._transform.windows(pixels)
+            return canvases.to(self.device), placement
+        size, crop = self.info.preprocess.size, self.info.preprocess.crop
+        placement = cover((pixels.shape[-2], pixels.shape[-1]), size, crop)
+        return self._transform(pixels)[None].to(self.device), placement
+
+    def record(self, pixels: Tensor, *, coupled: bool = True) -> Recording:
+        """The features, attention and exchanges of an image, uint8 (3, H, W), without gradients."""
+        with torch.no_grad():
+            return self._record(self.canvas(pixels)[0], coupled)
+
+    def probabilities(self, canvases: Tensor, *, coupled: bool = True) -> dict[str, Tensor]:
+        """Of a classifier: canvases (B, C, h, w) -> (B, classes) of each branch with a head, and of the 'model'."""
+        if self._dense:
+            raise ChiasmError(f"probabilities are a classifier's; this model's task is '{self.info.task}'.")
+        if coupled and self._fast is None:
+            self._fast = make_task("classify", optimize(self._task.model), self.info.labels).eval()
+        with torch.inference_mode(), nullcontext() if coupled else uncoupled(self.network, self._taps):
+            outputs = (self._fast if coupled else self._task)(canvases.to(self.device))
+        return _probabilities(outputs)
+
+    def explain(
+        self, pixels: Tensor, source: str, *, label: str | int | None = None, coupled: bool = True, top: int = 3
+    ) -> list[Explanation]:
+        """What spoke for the answers to an image.
+
+        Args:
+            pixels: uint8 (3, H, W).
+            source: the image's name.
+            label: the class to explain, by name or index; default: the predicted one.
+            coupled: False turns the exchanges between the branches off.
+            top: of a detector the objects, of a segmenter the regions that are explained at most.
+
+        Returns:
+            Of a classifier one explanation; of a detector one for each of the best objects, of a segmenter for each of
+            the largest regions, of the class if one is given. Empty where nothing was found.
+
+        Raises:
+            UnknownNameError, ChiasmError: for a class that the model has not, or exchanges that it has not.
+        """
+        wanted = self._index(label)
+        canvas, placement = self.canvas(pixels)
+        with torch.enable_grad():
+            seen = self._record(canvas.requires_grad_(), coupled)
+            answers = self._answers(seen.outputs, source, placement, wanted, top)
+            return [self._explanation(seen, answer, placement, source) for answer in answers]
+
+    def _record(self, canvas: Tensor, coupled: bool) -> Recording:
+        return record(self.network, canvas, coupled=coupled, run=self._task, taps=self._taps)
+
+    def _index(self, label: str | int | None) -> int | None:
+        if label is None:
+            return None
+        if isinstance(label, str):
+            if label not in self.info.labels:
+                raise UnknownNameError("class", label, self.info.labels)
+            return self.info.labels.index(label)
+        if not 0 <= label < len(self.info.labels):
+            raise ChiasmError(f"class {label}: this model has 0 to {len(self.info.labels) - 1}.")
+        return label
+
+    # -------------------------------------------------------------------------------------------------------- answers
+
+    def _answers(
+        self, outputs: Any, source: str, placement: Placement, wanted: int | None, top: int
+    ) -> Iterator[_Answer]:
+        if self.info.task == "classify":
+            return self._classes(outputs, wanted)
+        if self.info.task == "segment":
+            return self._regions(outputs, source, placement, wanted, top)
+        return self._objects(outputs, source, placement, wanted, top)
+
+    def _classes(self, outputs: dict[str, Tensor], wanted: int | None) -> Iterator[_Answer]:
+        chances = {name: values[0] for name, values in _probabilities(outputs).items()}
+        label = int(chances["model"].argmax()) if wanted is None else wanted
+        scores = {name: float(values[label].detach()) for name, values in chances.items()}
+        whole = mean_logits(outputs)[0, label]
+        values = {branch: outputs[branch][0, label] if branch in outputs else whole for branch in self.branches}
+        yield _Answer(label, self.info.labels[label], values, scores)
+
+    def _objects(
+        self, outputs: Any, source: str, placement: Placement, wanted: int | None, top: int
+    ) -> Iterator[_Answer]:
+        with torch.no_grad():
+            (found,) = self._task.decode(outputs, [source], [[placement]])
+        (raw,) = self._task.model.detect(outputs)
+        assert isinstance(found, Detections)
+        boxes = placement.to_original(raw["boxes"].detach().cpu())
+        shown = 0
+        for i in range(len(raw["scores"])):
+            label, box = int(raw["labels"][i]), tuple(boxes[i].tolist())
+            if shown == top or wanted not in (None, label) or box[2] <= box[0] or box[3] <= box[1]:
+                continue
+            shown += 1
+            score = float(raw["scores"][i].detach())
+            subject = f"{self.info.labels[label]} {score:.0%}"
+            yield _Answer(label, subject, dict.fromkeys(self.branches, raw["scores"][i]), {"model": score}, box)
+
+    def _regions(
+        self, outputs: Tensor, source: str, placement: Placement, wanted: int | None, top: int
+    ) -> Iterator[_Answer]:
+        with torch.no_grad():
+            (found,) = self._task.decode(outputs, [source], [[placement]])
+        assert isinstance(found, Segmentation)
+        predicted = outputs[0].argmax(0)
+        names = list(found.shares) if wanted is None else [self.info.labels[wanted]]
+        for name in names[:top]:
+            label = self.info.labels.index(name)
+            here = predicted == label
+            if not here.any():
+                continue
+            score = outputs[0].detach().softmax(0)[label][here].mean()
+            values = dict.fromkeys(self.branches, outputs[0, label][here].mean())
+            yield _Answer(label, f"{name} ({found.shares.get(name, 0):.0%})", values, {"model": float(score)})
+
+    # ----------------------------------------------------------------------------------------------------------- maps
+
+    def _explanation(self, seen: Recording, answer: _Answer, placement: Placement, source: str) -> Explanation:
+        maps: dict[str, np.ndarray] = {}
+        for branch in self.branches:
+            for method, values in self._maps_of(seen, branch, answer.values[branch]).items():
+                maps[f"{branch}/{method}"] = _normalised(values)
+        # The region is told in pixels of the image: of what the network took, and of each map alike.
+        canvas = torch.tensor([[0.0, 0.0, float(placement.canvas[1]), float(placement.canvas[0])]])
+        left, top, right, bottom = placement.to_original(canvas, clip=False)[0].tolist()
+        explanation = Explanation(
+            source=source,
+            size=placement.original,
+            subject=answer.subject,
+            label=answer.label,
+            scores=answer.scores,
+            maps=maps,
+            region=(left, top, right, bottom),
+            box=answer.box,
+        )
+        return replace(explanation, maps=maps | {FUSED: _mean([explanation.map_of(b) for b in explanation.branches])})
+
+    def _maps_of(self, seen: Recording, branch: str, value: Tensor) -> dict[str, Tensor]:
+        features = [f for f in seen.features if f.branch == branch and f.raw.requires_grad]
+        attentions = [a for a in seen.attentions if a.branch == branch and a.raw.requires_grad]
+        roots = [*(feature.raw for feature in features), *(attention.raw for attention in attentions)]
+        if not roots:
+            raise ChiasmError(
+                f"{self.info.architecture}: nothing in it has the form of a map, so nothing can be shown."
+            )
+        gradients = torch.autograd.grad(value, roots, retain_graph=True, allow_unused=True)
+        of_features, of_attentions = gradients[: len(features)], gradients[len(features) :]
+        maps: dict[str, Tensor] = {}
+        with torch.no_grad():
+            spoke = _with_gradients(features, of_features)
+            start = None
+            if self._dense:
+                maps["gradcam"] = self._cam_of_part(spoke, seen)
+                # What the head reads of the tokens are all of them: each is worth what it said for the answer.
+                start = gradcam(*spoke[-1][1:], local=True) if spoke and attentions else None
+            elif spoke:
+                maps["gradcam"] = gradcam(*self._chosen(spoke))
+            if attentions:
+                full = [
+                    torch.zeros_like(attention.weights) if gradient is None else gradient.expand_as(attention.weights)
+                    for attention, gradient in zip(attentions, of_attentions, strict=True)
+                ]
+                maps["rollout"] = rollout(attentions, self._taps.reads)
+                maps["gradient_rollout"] = gradient_rollout(attentions, full, self._taps.reads, start)
+        return {name: values.float().cpu() for name, values in maps.items()}
+
+    def _chosen(self, spoke: list[_Spoke]) -> tuple[Tensor, Tensor]:
+        if self._level is not None and not -len(spoke) <= self._level < len(spoke):
+            raise ChiasmError(f"level is {self._level}: this model has {-len(spoke)} (the finest) to -1 (the deepest).")
+        chosen = choose([feature for feature, *_ in spoke], self._level)
+        return next((values, gradient) for feature, values, gradient in spoke if feature is chosen)
+
+    def _cam_of_part(self, spoke: list[_Spoke], seen: Recording) -> Tensor:
+        """For a part of the image: the features of every stage, since a small object speaks through finer ones than a
+        large one; each place by its own gradient."""
+        finest = max(1, seen.canvas[0] // COARSEST_SHOWN), max(1, seen.canvas[1] // COARSEST_SHOWN)
+        cams = [gradcam(values, gradient, local=True) for _, values, gradient in _last_of_stages(spoke)]
+        if not cams:
+            return torch.zeros(finest)
+        size = max((tuple(cam.shape) for cam in cams if cam.shape[0] <= finest[0]), default=tuple(cams[-1].shape))
+        resized = [
+            F.interpolate(cam[None, None], size=size, mode="bilinear", align_corners=False, antialias=True)[0, 0]
+            * (cam.numel() / (size[0] * size[1]))
+            for cam in cams
+        ]
+        return torch.stack(resized).sum(0)
+
+
+class _Answer:
+    """One thing to explain: the scalar of each branch that its maps are gradients of."""
+
+    def __init__(
+        self, label: int, subject: str, values: dict[str, Tensor], scores: dict[str, float], box: Any = None
+    ) -> None:
+        self.label, self.subject, self.values, self.scores, self.box = label, subject, values, scores, box
+
+
+_Spoke = tuple[Feature, Tensor, Tensor]  # features with their map and the gradient of it
+
+
+def _with_gradients(features: Sequence[Feature], gradients: Sequence[Tensor | None]) -> list[_Spoke]:
+    """Those that the answer depends on; behind the last attention nobody reads the tokens beside the class token."""
+    spoke = []
+    for feature, gradient in zip(features, gradients, strict=True):
+        laid = None if gradient is None else feature.lay(gradient)
+        if laid is not None and laid.count_nonzero():
+            spoke.append((feature, feature.map, laid))
+    return spoke
+
+
+def _last_of_stages(spoke: list[_Spoke]) -> list[_Spoke]:
+    return list({one[1].shape: one for one in spoke}.values())
+
+
+def _probabilities(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    chances = {name: values.float().softmax(-1) for name, values in outputs.items() if len(outputs) > 1}
+    return {**chances, "model": mean_logits(outputs).float().softmax(-1)}
+
+
+def _normalised(values: Tensor) -> np.ndarray:
+    total = values.sum()
+    return (values / total if total > 0 else values).numpy().astype(np.float32)
+
+
+def _mean(maps: list[np.ndarray]) -> np.ndarray:
+    """The mean of maps at the finest of their resolutions, sums to 1."""
+    size = max(values.shape for values in maps)
+    resized = [
+        F.interpolate(torch.from_numpy(values)[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+        for values in maps
+    ]
+    shares = [values / values.sum() if values.sum() > 0 else values for values in resized]
+    return _normalised(torch.stack(shares).mean(0))
