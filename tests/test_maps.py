@@ -1,0 +1,241 @@
+"""Heat maps against textbook twins, and against what they must do whatever the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from chiasm.config import Preprocess
+from chiasm.data.images import read_image
+from chiasm.errors import ChiasmError, UnknownNameError
+from chiasm.explaining.explainer import Explainer, open_explainer
+from chiasm.explaining.maps import choose, gradcam, gradient_rollout, rollout
+from chiasm.explaining.record import Attention, Feature, record
+from chiasm.model_file import ModelInfo
+from chiasm.models import create_model
+from chiasm.models.heads import with_head
+
+PIXELS = torch.randint(0, 256, (3, 90, 140), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+COUPLED = "conformer_nano_patch8_64"
+
+
+def info(name: str, size: int = 64, **changes: object) -> ModelInfo:
+    labels = ("ant", "bee", "cat")
+    return ModelInfo(architecture=name, labels=labels, preprocess=Preprocess(size=(size, size)), **changes)  # type: ignore[arg-type]
+
+
+def explainer(name: str, size: int = 64, **options: object) -> Explainer:
+    torch.manual_seed(0)
+    return Explainer(create_model(name, num_classes=3), info(name, size), device="cpu", **options)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------------- twins
+
+
+def test_gradcam_of_a_pooled_linear_head_is_cam() -> None:
+    """Where the head is linear on the mean of the map, Grad-CAM is the class activation map of Zhou et al. 2016."""
+    torch.manual_seed(1)
+    model = create_model("resnet10t", num_classes=3).eval()
+    image = torch.randn(1, 3, 224, 224, requires_grad=True)
+    kept = record(model, image)
+    deepest = kept.features[-1]
+    (gradient,) = torch.autograd.grad(kept.outputs[0, 2], [deepest.raw])
+    cam = torch.einsum("c,chw->hw", model.fc.weight[2], deepest.map[0]).relu()  # type: ignore[operator, index]
+    ours = gradcam(deepest.map, gradient)
+    assert torch.allclose(ours / ours.sum(), cam / cam.sum(), atol=1e-6)
+    # Behind that head every place has the same gradient, so weighing each by its own is the same.
+    assert torch.allclose(gradcam(deepest.map, gradient, local=True), ours, atol=1e-6)
+
+
+def attentions(count: int = 3, prefix: int = 1, grid: tuple[int, int] = (3, 4)) -> tuple[list[Attention], list[Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    tokens = prefix + grid[0] * grid[1]
+    weights = [torch.rand(1, 2, tokens, tokens, generator=generator).softmax(-1) for _ in range(count)]
+    gradients = [torch.randn(1, 2, tokens, tokens, generator=generator) for _ in range(count)]
+    index = torch.arange(tokens)[None]
+    made = [Attention("model", f"block {i}", w, index, prefix, grid, (16, 16), w) for i, w in enumerate(weights)]
+    return made, gradients
+
+
+@pytest.mark.parametrize(("reads", "prefix"), [("class", 1), ("mean", 0), ("mean", 1)])
+def test_rollouts_are_rows_of_the_matrices_product(reads: str, prefix: int) -> None:
+    made, gradients = attentions(prefix=prefix)
+    tokens = made[0].weights.shape[-1]
+    followed, relevance = torch.eye(tokens), torch.eye(tokens)
+    for attention, gradient in zip(made, gradients, strict=True):
+        followed = (attention.weights[0].mean(0) + torch.eye(tokens)) / 2 @ followed
+        spoke = (attention.weights * gradient).relu()[0].mean(0)
+        relevance = relevance + spoke @ relevance
+    row = (lambda m: m[0]) if reads == "class" else (lambda m: m[prefix:].mean(0))
+    assert torch.allclose(rollout(made, reads).flatten(), row(followed)[prefix:], atol=1e-6)  # type: ignore[arg-type]
+    expected = row(relevance - torch.eye(tokens))[prefix:]
+    assert torch.allclose(gradient_rollout(made, gradients, reads).flatten(), expected, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_rollout_stays_within_windows_and_goes_on_to_finer_grids() -> None:
+    coarse = torch.ones(1, 1, 4, 4) / 4
+    top = Attention("model", "2", coarse, torch.arange(4)[None], 0, (2, 2), (8, 8), coarse)
+    one_window = torch.zeros(4, 1, 4, 4)
+    one_window[:, :, :, 0] = 1  # each window's tokens look at its first
+    corners = torch.tensor([[r * 4 + c for r in (y, y + 1) for c in (x, x + 1)] for y in (0, 2) for x in (0, 2)])
+    fine = Attention("model", "1", one_window, corners, 0, (4, 4), (4, 4), one_window)
+    found = rollout([fine, top], "mean")
+    assert found.sum() == pytest.approx(1)
+    assert torch.allclose(found[::2, ::2], torch.full((2, 2), 0.25 * (0.5 + 0.125)), atol=1e-6)
+    assert torch.allclose(found[1::2], torch.full((2, 4), 1 / 32), atol=1e-6)
+
+
+def test_slots_without_a_token_give_and_get_nothing() -> None:
+    weights = torch.full((1, 1, 3, 3), 1 / 3)
+    padded = Attention("model", "1", weights, torch.tensor([[0, 1, -1]]), 0, (1, 2), (4, 4), weights)
+    assert torch.allclose(rollout([padded], "mean"), torch.tensor([[0.25 + 1 / 6, 0.25 + 1 / 6]]))
+
+
+def test_the_level_is_the_deepest_with_seven_places() -> None:
+    def feature(side: int) -> Feature:
+        values = torch.zeros(1, 2, side, side)
+        return Feature("model", str(side), values, values, lambda x: x)
+
+    assert choose([feature(28), feature(14), feature(4)]).name == "14"
+    assert choose([feature(4), feature(6), feature(2)]).name == "6"
+    assert choose([feature(28), feature(14), feature(4)], level=-1).name == "4"
+
+
+# -------------------------------------------------------------------------------------------------------- any network
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        (COUPLED, 64, {"conv/gradcam", "tokens/gradcam", "tokens/rollout", "tokens/gradient_rollout"}),
+        ("resnet10t+vit_tiny_patch16_224:mid", 64, {"conv/gradcam", "tokens/gradcam", "tokens/rollout"}),
+        ("resnet10t+vit_tiny_patch16_224:early", 64, {"conv/gradcam", "tokens/gradient_rollout"}),
+        ("resnet10t+vit_tiny_patch16_224:sandwich", 64, {"conv/gradcam", "tokens/gradient_rollout"}),
+        ("vit_tiny_patch16_224", 224, {"model/gradcam", "model/gradient_rollout"}),
+        ("swin_tiny_window7_224", 96, {"model/gradcam", "model/gradient_rollout"}),
+        ("mobilevit_xxs_256", 96, {"model/gradcam", "model/gradient_rollout"}),
+        ("mobilevitv2_050", 96, {"model/gradcam", "model/gradient_rollout"}),
+        ("resnet10t", 96, {"model/gradcam"}),
+        ("efficientnet_lite0", 96, {"model/gradcam"}),
+    ],
+)
+def test_every_network_explains_itself(name: str, size: int, expected: set[str]) -> None:
+    one = explainer(name, size)
+    (found,) = one.explain(PIXELS, "a.jpg", label="bee")
+    assert expected <= set(found.maps)
+    assert found.branches == one.branches
+    assert (found.label, found.subject, found.size) == (1, "bee", (90, 140))
+    assert found.scores["model"] == pytest.approx(
+        one.probabilities(one.canvas(PIXELS)[0])["model"][0, 1].item(), abs=1e-4
+    )
+    for values in found.maps.values():
+        assert values.sum() == pytest.approx(1, abs=1e-3) or not values.any()
+    (predicted,) = one.explain(PIXELS, "a.jpg")
+    best = one.probabilities(one.canvas(PIXELS)[0])["model"].argmax().item()
+    assert predicted.label == best
+    left, top, right, bottom = found.region  # the middle of a picture that is wider than high
+    assert (right - left, bottom - top) == (pytest.approx(90, abs=2), pytest.approx(90, abs=2))
+    assert left == pytest.approx(25, abs=2)
+
+
+def test_uncoupled_branches_explain_themselves_alone() -> None:
+    one = explainer(COUPLED)
+    assert one.exchanges
+    (together,), (alone,) = (one.explain(PIXELS, "a.jpg", coupled=coupled) for coupled in (True, False))
+    assert not np.allclose(together.map_of("conv"), alone.map_of("conv"), atol=1e-4)
+    silent = one.probabilities(one.canvas(PIXELS)[0], coupled=False)
+    assert alone.scores["conv"] == pytest.approx(silent["conv"][0, alone.label].item(), abs=1e-4)
+    with pytest.raises(ChiasmError, match="no exchanges"):
+        explainer("resnet10t").explain(PIXELS, "a.jpg", coupled=False)
+
+
+def test_bad_requests_are_told() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean cat"):
+        explainer(COUPLED).explain(PIXELS, "a.jpg", label="catt")
+    with pytest.raises(ChiasmError, match="0 to 2"):
+        explainer(COUPLED).explain(PIXELS, "a.jpg", label=3)
+    with pytest.raises(ChiasmError, match="level is 40"):
+        explainer(COUPLED, level=40).explain(PIXELS, "a.jpg")
+
+
+# -------------------------------------------------------------------------------------------- objects and regions
+
+
+@pytest.mark.parametrize("head", ["faster_rcnn", "mask_rcnn", "fcos"])
+def test_what_supported_a_box_is_about_the_box(head: str) -> None:
+    torch.manual_seed(2)
+    backbone = create_model(COUPLED, num_classes=0)
+    task = "instances" if head == "mask_rcnn" else "detect"
+    model = with_head(backbone, 3, task=task, architecture=COUPLED, name=head, channels=64, threshold=0.0)
+    one = Explainer(model, info(COUPLED, 128, task=task), device="cpu")
+    found = one.explain(PIXELS, "a.jpg", top=2)
+    assert 1 <= len(found) <= 2
+    for explanation in found:
+        assert explanation.box is not None
+        assert explanation.branches == ("conv", "tokens")
+        assert explanation.map_of("conv").sum() == pytest.approx(1, abs=1e-3)
+        assert explanation.map_of("conv").shape[0] >= 8
+    assert one.explain(PIXELS, "a.jpg", label=found[0].label, top=1)[0].label == found[0].label
+
+
+def test_the_regions_of_a_segmenter() -> None:
+    torch.manual_seed(3)
+    backbone = create_model(COUPLED, num_classes=0)
+    model = with_head(backbone, 3, task="segment", architecture=COUPLED, name="fpn", channels=64, maps="both")
+    one = Explainer(model, info(COUPLED, 64, task="segment"), device="cpu")
+    found = one.explain(PIXELS, "a.jpg")
+    assert found
+    assert all(explanation.map_of("tokens").sum() == pytest.approx(1, abs=1e-3) for explanation in found)
+    with pytest.raises(ChiasmError, match="classifier"):
+        one.probabilities(torch.zeros(1, 3, 64, 64))
+
+
+# --------------------------------------------------------------------------------------------------------- sanity
+
+
+def test_random_weights_destroy_the_map(shared_data: Path) -> None:
+    """The check of Adebayo et al. 2018 (arXiv 1810.03292) on a network that knows ImageNet: with its weights redrawn
+    from the head down, its map of the same class has little to do with what it was."""
+    from safetensors.torch import load_file
+
+    name = "tf_efficientnet_lite0"
+    trained = create_model(name)
+    state = load_file(shared_data / "weights" / f"{name}_fp16.safetensors")
+    trained.load_state_dict(
+        {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    )
+    labels = tuple(str(i) for i in range(1000))
+    preprocess = Preprocess(size=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    about = ModelInfo(architecture=name, labels=labels, preprocess=preprocess)
+    correlations = []
+    for path in sorted((shared_data / "coco_mini" / "images").rglob("*.jpg"))[:4]:
+        pixels = read_image(str(path))
+        known = Explainer(trained, about, device="cpu").explain(pixels, path.name)[0]
+        again = Explainer(trained, about, device="cpu").explain(pixels, path.name, label=known.label)[0]
+        assert np.array_equal(known.map_of("model"), again.map_of("model"))
+        torch.manual_seed(0)
+        redrawn = create_model(name)
+        redrawn.load_state_dict(trained.state_dict())
+        for part in (redrawn.classifier, redrawn.conv_head, redrawn.blocks[-1], redrawn.blocks[-2]):  # type: ignore[index]
+            part.apply(_redraw)  # type: ignore[union-attr, operator]
+        other = Explainer(redrawn, about, device="cpu").explain(pixels, path.name, label=known.label)[0]
+        correlations.append(spearmanr(known.map_of("model").ravel(), other.map_of("model").ravel()).statistic)
+    assert np.mean(np.abs(correlations)) < 0.4
+
+
+def _redraw(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.trunc_normal_(module.weight, std=0.05)
+
+
+def test_by_name() -> None:
+    one = open_explainer(COUPLED, image_size=96, device="cpu")
+    assert one.canvas(PIXELS)[0].shape == (1, 3, 96, 96)
+    assert one.explain(PIXELS, "a.jpg")[0].map_of("tokens").shape == (12, 12)
+    with pytest.raises(ChiasmError, match="image_size is 0"):
+        open_explainer(COUPLED, image_size=0)
