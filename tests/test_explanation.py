@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from chiasm.results import Explanation
+from chiasm.results.explanation import visible
 
 
 def explanation(**changes: object) -> Explanation:
@@ -79,3 +80,10 @@ def test_refuses_what_is_no_map(bad: np.ndarray) -> None:
         explanation(maps={"conv/gradcam": bad})
     with pytest.raises(ValueError, match="region"):
         explanation(region=(5, 0, 5, 1))
+
+
+def test_a_single_hot_place_leaves_the_others_visible() -> None:
+    heat = np.full((20, 20), 0.1, np.float32)
+    heat[3, 3] = 1
+    assert visible(heat)[10, 10] == pytest.approx(1)
+    assert not visible(np.zeros((4, 4), np.float32)).any()

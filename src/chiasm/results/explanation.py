@@ -140,12 +140,20 @@ class Explanation:
         return paint_heat(image, self.over_image(self.map_of(branch, method)))
 
 
+def visible(heat: np.ndarray) -> np.ndarray:
+    """A map (H, W) from 0 as it is shown, 0..1: its hottest hundredth is 1, lest a single hot place leave all else dark."""
+    hot = heat[heat > 0]
+    most = np.quantile(hot, 0.99) if hot.size else 0
+    return np.clip(heat / most, 0, 1) if most > 0 else np.zeros_like(heat)
+
+
 def paint_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """A copy of `image`, darkened and grey where nothing is, with `heat` (H, W) 0..1 in colours from violet to yellow
-    laid on it: the more, the less of the image shows through."""
+    """A copy of `image`, grey, with `heat` (H, W), from 0, in colours from violet to yellow laid on it: the hotter, the
+    less of the image shows through."""
     from matplotlib import colormaps
     from PIL import Image
 
+    heat = visible(heat)
     grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32)
     colours = colormaps["inferno"](heat)[..., :3].astype(np.float32) * 255
     opaque = 0.25 + 0.5 * heat[..., None]
