@@ -141,7 +141,7 @@ class Explanation:
 
 
 def visible(heat: np.ndarray) -> np.ndarray:
-    """A map (H, W) from 0 as it is shown, 0..1: its hottest hundredth is 1, lest a single hot place leave all else dark."""
+    """A map (H, W) from 0 as it is shown, 0..1: its hottest hundredth is 1, or one hot place would hide all else."""
     hot = heat[heat > 0]
     most = np.quantile(hot, 0.99) if hot.size else 0
     return np.clip(heat / most, 0, 1) if most > 0 else np.zeros_like(heat)
