@@ -343,7 +343,7 @@ def test_differences_are_paired(measured: Faithfulness) -> None:
     for difference in measured.differences:
         on, off = (by_key[difference.name, coupled] for coupled in (True, False))
         for kind in ("localisation", "deletion", "insertion"):
-            expected = getattr(on, kind).value.mean - getattr(off, kind).value.mean
+            expected = getattr(on, kind).gain.mean - getattr(off, kind).gain.mean
             assert getattr(difference, kind).mean == pytest.approx(expected, abs=1e-12)
 
 

@@ -8,13 +8,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from chiasm.explaining.explainer import Explainer, open_explainer
-from chiasm.explaining.record import Attention
 from torch import Tensor, nn
 
 from chiasm.data import open_data
 from chiasm.errors import ChiasmError, DataError, ImageError
 from chiasm.explaining import measures
+from chiasm.explaining.explainer import Explainer, open_explainer
 from chiasm.explaining.measures import (
     CKA,
     Field,
@@ -27,6 +26,7 @@ from chiasm.explaining.measures import (
     measure,
     receptive_field,
 )
+from chiasm.explaining.record import Attention
 from chiasm.layers.tokens import map_to_tokens, resize_map
 from chiasm.report.explanation_measures import measures_sections
 
@@ -82,7 +82,8 @@ def test_even_attention_is_as_far_as_places_are_apart() -> None:
     mean = np.mean([np.hypot(a[0] - b[0], a[1] - b[1]) for a in points for b in points])
     even = attention(torch.full((1, 3, 7, 7), 1 / 7))
     assert attention_distance(even).numpy() == pytest.approx([mean] * 3, rel=1e-12)
-    assert even_distance(attention(torch.eye(7).expand(1, 1, 7, 7))) == pytest.approx(mean, rel=1e-12)
+    peaked = attention((50 * torch.eye(7)).softmax(-1).expand(1, 1, 7, 7))
+    assert even_distance(peaked) == pytest.approx(mean, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,14 @@ def test_attention_distance_equals_a_slow_twin(index: Tensor, prefix: int) -> No
     weights = torch.randn(len(index), 2, slots, slots, generator=torch.Generator().manual_seed(0)).softmax(-1)
     seen = attention(weights, index=index, prefix=prefix)
     assert attention_distance(seen).numpy() == pytest.approx(slow_distance(seen), rel=1e-6)
+
+
+def test_even_attention_passes_over_what_is_masked() -> None:
+    """Of a shifted window that is put together from both ends of the map, each query sees its own end alone."""
+    weights = torch.tensor([[0.0, 0, -100, -100], [0, 0, -100, -100], [-100, -100, 0, 0], [-100, -100, 0, 0]])
+    ends = attention(weights.softmax(-1).expand(1, 2, 4, 4), index=torch.tensor([[0, 1, 8, 9]]), prefix=0, grid=(1, 10))
+    assert even_distance(ends) == pytest.approx(4)  # itself, or its neighbour 8 pixels on
+    assert attention_distance(ends).numpy() == pytest.approx([4, 4])
 
 
 # -------------------------------------------------------------------------------------------- effective receptive field

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from chiasm.explaining.explainer import Explainer
 
 LIMIT = 200
-STEPS = 16
+STEPS = 12
 LEVEL = 0.95
 RESAMPLES = 2000
 FEWEST = 8  # images that an interval can be drawn from
@@ -90,7 +90,11 @@ class MapScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A kind of map with the exchanges on less the same with them off, image by image; None where it is not known."""
+    """How much more a kind of map gains over chance with the exchanges on than with them off, image by image.
+
+    Gains are compared, not areas: a network that was trained with its exchanges answers differently without them, and
+    with its probabilities fall those of random maps. None where it is not known.
+    """
 
     name: str
     localisation: Estimate | None
@@ -294,6 +298,12 @@ def localisation(explanation: Explanation, values: np.ndarray, mask: np.ndarray)
 
 
 _Key = tuple[str, bool]  # a map's name, and whether the exchanges were on
+# Of each measure what chance is, and whether more is better.
+CHANCE = {
+    "localisation": ("uniform localisation", 1),
+    "deletion": ("random deletion", -1),
+    "insertion": ("random insertion", 1),
+}
 
 
 class _Sums:
@@ -327,29 +337,33 @@ class _Sums:
             yield MapScores(
                 name=key[0],
                 coupled=key[1],
-                localisation=self._score(key, "localisation", "uniform localisation", seed),
-                deletion=self._score(key, "deletion", "random deletion", seed, sign=-1),
-                insertion=self._score(key, "insertion", "random insertion", seed),
+                localisation=self._score(key, "localisation", seed),
+                deletion=self._score(key, "deletion", seed),
+                insertion=self._score(key, "insertion", seed),
                 curves=curves,
             )
 
     def differences(self, seed: int) -> Iterable[Difference]:
         for name in [name for name, coupled in self._keys if coupled and (name, False) in self._keys]:
-            kinds = ("localisation", "deletion", "insertion")
-            yield Difference(name=name, **{kind: self._difference(name, kind, seed) for kind in kinds})
+            yield Difference(name=name, **{measure: self._difference(name, measure, seed) for measure in CHANCE})
 
-    def _score(self, key: _Key, measure: str, chance: str, seed: int, sign: int = 1) -> Score | None:
-        ours, theirs = self._values[measure][key], self._values[chance][key]
+    def _score(self, key: _Key, measure: str, seed: int) -> Score | None:
+        ours, theirs = self._values[measure][key], self._values[CHANCE[measure][0]][key]
         if not ours:
             return None
         return Score(
             value=estimate(list(ours.values()), seed),
             chance=estimate(list(theirs.values()), seed),
-            gain=estimate([sign * (ours[i] - theirs[i]) for i in ours], seed),
+            gain=estimate(list(self._gains(key, measure).values()), seed),
         )
 
+    def _gains(self, key: _Key, measure: str) -> dict[int, float]:
+        chance, sign = CHANCE[measure]
+        theirs = self._values[chance][key]
+        return {i: sign * (value - theirs[i]) for i, value in self._values[measure][key].items()}
+
     def _difference(self, name: str, measure: str, seed: int) -> Estimate | None:
-        on, off = (self._values[measure][name, coupled] for coupled in (True, False))
+        on, off = (self._gains((name, coupled), measure) for coupled in (True, False))
         both = [on[i] - off[i] for i in on if i in off]
         return estimate(both, seed) if both else None
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FIELD_IMAGES = 8  # a field takes a backward pass for every feature map, and settles after few images
 HALF = 0.5
+MASKED = 1e-30  # least weight of what is not masked; masks add -100 or less before the softmax, which leaves e-44
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +204,8 @@ def attention_distance(attention: Attention) -> Tensor:
 
 def even_distance(attention: Attention) -> float:
     """The distance, in pixels, of attention that is spread evenly over the tokens that the heads see."""
-    return float(attention_distance(replace(attention, weights=torch.ones_like(attention.weights[:, :1]))))
+    seen = attention.weights.detach().amax(1, keepdim=True) > MASKED
+    return float(attention_distance(replace(attention, weights=seen)))
 
 
 # -------------------------------------------------------------------------------------------- effective receptive field

@@ -77,8 +77,12 @@ def faithfulness_sections(result: Faithfulness) -> Sections:
         ("The maps in numbers", [*map(text, _method(result)), table(HEADERS, cells(result), words=2)]),
     ]
     if result.differences:
-        said = text("Image by image, the maps with the exchanges on less the same with them off, in points of percent.")
-        found.append(("What the exchanges change", [said, table(DIFFERENCE_HEADERS, difference_cells(result))]))
+        said = (
+            "How much more a map gains over chance with the exchanges on than with them off, image by image, in points "
+            "of percent: above 0 the exchanges make it better. A network trained with its exchanges answers worse "
+            "without them, so that there is less to gain."
+        )
+        found.append(("What the exchanges change", [text(said), table(DIFFERENCE_HEADERS, difference_cells(result))]))
     return [*found, *_left_out(result.failures)]
 
 
@@ -217,19 +221,19 @@ def field_figure(measures: Measures) -> Figure:
     """Side of the effective receptive field by stage, a line for each branch; dashed with the exchanges off."""
     drawing = Figure(figsize=(5.4, 4.2), layout="constrained")
     axes = drawing.subplots()
+    places, names = _axis(measures.fields)
     for (branch, coupled), fields in _series(measures.fields):
         label = SWITCHED[coupled] if branch == "model" else f"{branch}{'' if coupled else ', exchanges off'}"
-        x, sides = range(1, len(fields) + 1), [field.side for field in fields]
+        x, sides = [places[branch, field.name] for field in fields], [field.side for field in fields]
         style: dict[str, Any] = {"color": COLOURS.get(branch, BLUE), "linestyle": "-" if coupled else "--"}
         axes.plot(x, sides, marker="o", markersize=3, linewidth=1.8 if coupled else 1.2, label=label, **style)
-        if coupled:
-            _name(axes, [field.name for field in fields])
+    _name(axes, names)
     height, width = measures.canvas
     axes.axhline((HALF * height * width) ** 0.5, color=MUTED, linewidth=1, linestyle=":")
     dress(axes, y="side of the field, pixels")
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=LINE, linewidth=0.6)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    drawing.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=2, loc="outside upper center")
     return drawing
 
 
@@ -368,6 +372,16 @@ def _series(found: Iterable[Looked]) -> list[tuple[tuple[str, bool], list[Looked
     for one in found:
         series.setdefault((one.branch, one.coupled), []).append(one)
     return list(series.items())
+
+
+def _axis(fields: Sequence[Field]) -> tuple[dict[tuple[str, str], int], list[str]]:
+    """Where the fields stand, from 1 on, and the names along the axis: side by side in branches that are alike, else in
+    the order of the computation."""
+    coupled = [field for field in fields if field.coupled]
+    by_branch = [[field.name for field in of_branch] for _, of_branch in _series(coupled)]
+    if all(names == by_branch[0] for names in by_branch):
+        return {(field.branch, field.name): 1 + by_branch[0].index(field.name) for field in coupled}, by_branch[0]
+    return {(field.branch, field.name): i for i, field in enumerate(coupled, 1)}, [field.name for field in coupled]
 
 
 def _spread(found: Sequence[Looked], count: int) -> list[Looked]:
