@@ -138,7 +138,7 @@ def _distance_words(measures: Measures) -> Iterator[str]:
         f"In {first.name} a query looks {first.mean:.0f} pixels far on average, its heads from {min(first.heads):.0f} "
         f"to {max(first.heads):.0f}; in {last.name} {last.mean:.0f}, from {min(last.heads):.0f} to "
         f"{max(last.heads):.0f}. "
-        f"Looking everywhere alike would be {last.even:.0f}."
+        f"Spread evenly over all tokens that it sees there, it would be {last.even:.0f}."
     )
 
 
@@ -200,18 +200,19 @@ def attention_figure(measures: Measures) -> Figure:
     """Attention distance by block: a dot for each head, lines for their means."""
     drawing = Figure(figsize=(7, 3.4), layout="constrained")
     axes = drawing.subplots()
+    switched = not all(distance.coupled for distance in measures.distances)
     for (branch, coupled), distances in _series(measures.distances):
         x, colour = range(1, len(distances) + 1), COLOURS.get(branch, BLUE)
         style: dict[str, Any] = {"color": colour, "linestyle": "-" if coupled else "--"}
-        axes.plot(x, [d.mean for d in distances], linewidth=1.8 if coupled else 1.2, label=SWITCHED[coupled], **style)
+        label = SWITCHED[coupled] if switched else "mean of the heads"
+        axes.plot(x, [d.mean for d in distances], linewidth=1.8 if coupled else 1.2, label=label, **style)
         if coupled:
             for i, distance in zip(x, distances, strict=True):
                 axes.plot([i] * len(distance.heads), distance.heads, "o", color=colour, alpha=0.5, markersize=4)
             axes.plot(x, [d.even for d in distances], color=MUTED, linewidth=1, linestyle=":", label="spread evenly")
             _name(axes, [d.name for d in distances])
     dress(axes, y="mean distance, pixels")
-    axes.margins(y=0.1)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(max(*d.heads, d.even) for d in measures.distances))
     axes.grid(axis="y", color=LINE, linewidth=0.6)
     axes.legend(frameon=False, labelcolor=INK, fontsize=9)
     return drawing
@@ -223,7 +224,7 @@ def field_figure(measures: Measures) -> Figure:
     axes = drawing.subplots()
     places, names = _axis(measures.fields)
     for (branch, coupled), fields in _series(measures.fields):
-        label = SWITCHED[coupled] if branch == "model" else f"{branch}{'' if coupled else ', exchanges off'}"
+        label = f"{branch}{'' if coupled else ', exchanges off'}"
         x, sides = [places[branch, field.name] for field in fields], [field.side for field in fields]
         style: dict[str, Any] = {"color": COLOURS.get(branch, BLUE), "linestyle": "-" if coupled else "--"}
         axes.plot(x, sides, marker="o", markersize=3, linewidth=1.8 if coupled else 1.2, label=label, **style)
@@ -233,7 +234,8 @@ def field_figure(measures: Measures) -> Figure:
     dress(axes, y="side of the field, pixels")
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=LINE, linewidth=0.6)
-    drawing.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=2, loc="outside upper center")
+    if len(axes.lines) > 2:  # more than one branch, and the dotted line
+        drawing.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=2, loc="outside upper center")
     return drawing
 
 
