@@ -212,8 +212,9 @@ def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
     given, count = np.asarray(values, dtype=np.float64), len(values)
     low = high = None
     if count >= FEWEST:
-        drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-        low, high = np.quantile(drawn @ given / count, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+        rng = np.random.default_rng(seed)
+        means = [rng.multinomial(count, np.full(count, 1 / count)) @ given / count for _ in range(RESAMPLES)]
+        low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     return Estimate(mean=float(given.mean()), low=low, high=high, images=count)
 
 
@@ -259,7 +260,7 @@ def perturbation_curves(
     for which, (without, within) in enumerate(((canvas, mean), (blurred, canvas))):
         for start in range(0, len(between), _BATCH):
             part = between[start : start + _BATCH]
-            taken = torch.stack([orders[m] < k / steps for m, k in part])[:, None]
+            taken = torch.stack([orders[m] * steps < k * height * width for m, k in part])[:, None]
             values = probabilities(torch.where(taken, within, without)).cpu().double().numpy()
             for (m, k), value in zip(part, values, strict=True):
                 curves[which, m, :, k] = value
@@ -272,12 +273,11 @@ def area(curve: np.ndarray) -> np.ndarray:
 
 
 def _order(values: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
-    """(h, w) float64: of each pixel of the canvas the share of the others that come before it."""
+    """(h, w) int64: of each pixel of the canvas how many come before it."""
     spread = resize_map(torch.from_numpy(values)[None, None], size).flatten().numpy()
-    places = np.lexsort((rng.random(spread.size), -spread))
-    shares = np.empty(spread.size)
-    shares[places] = np.arange(spread.size) / spread.size
-    return torch.from_numpy(shares.reshape(size))
+    before = np.empty(spread.size, dtype=np.int64)
+    before[np.lexsort((rng.random(spread.size), -spread))] = np.arange(spread.size)
+    return torch.from_numpy(before.reshape(size))
 
 
 # --------------------------------------------------------------------------------------------------------- localisation

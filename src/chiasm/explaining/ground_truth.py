@@ -9,7 +9,7 @@ scenes                the objects that the images are made of, for classifiers t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +39,17 @@ class Truth:
     Attributes:
         split: the images.
         located: whether anything is known.
-        notes: what a reader must know of it.
+        class_of: of class maps: the number of a segmenter's class in them, for those that are there; None for other
+            models.
+        background: of class maps: the number of the class that is no object, if any.
+        notes: what a reader must know of all this.
     """
 
     split: Split
     located: bool
+    class_of: Mapping[int, int] | None
+    background: int | None
     notes: tuple[str, ...]
-    _class_of: dict[int, int | None]  # of each class of the model its class in the data
-    _background: int | None
-    _segments: bool
 
     def read(self, index: int) -> tuple[Tensor, Finder]:
         """Image `index`, uint8 (3, H, W), and where to look in it.
@@ -68,10 +70,9 @@ class Truth:
         return split.read(index), lambda _: None
 
     def _of_map(self, classes: np.ndarray, label: int) -> np.ndarray | None:
-        if self._segments:
-            wanted = self._class_of[label]
-            return None if wanted is None else classes == wanted
-        return None if self._background is None else (classes != self._background) & (classes != IGNORE)
+        if self.class_of is not None:
+            return classes == self.class_of[label] if label in self.class_of else None
+        return None if self.background is None else (classes != self.background) & (classes != IGNORE)
 
 
 def open_truth(data: str | ImageData, split: str, info: ModelInfo) -> Truth:
@@ -93,30 +94,28 @@ def open_truth(data: str | ImageData, split: str, info: ModelInfo) -> Truth:
     images = data.split(split)
     if not len(images):
         raise DataError(data.problems[0] if data.problems else f"{data.name}: no images in its split '{split}'.")
-    of_maps = isinstance(images, MapSplit)
+    class_of = None
     if info.task == "segment":
         data.need("segment")
+        class_of = {i: data.classes.index(name) for i, name in enumerate(info.labels) if name in data.classes}
+        if not class_of:
+            raise DataError(
+                f"{data.name}: none of its classes ({', '.join(data.classes[:8])}) is one of the model's "
+                f"({', '.join(info.labels[:8])}); rename them to match."
+            )
     elif info.task != "classify" and not isinstance(images, ObjectSplit):
         raise DataError(
             f"{data.name}: without objects, and the model is for '{info.task}'; give data with boxes or masks."
         )
-    class_of = {i: data.classes.index(name) if name in data.classes else None for i, name in enumerate(info.labels)}
-    if info.task == "segment" and not any(found is not None for found in class_of.values()):
-        raise DataError(
-            f"{data.name}: none of its classes ({', '.join(data.classes[:8])}) is one of the model's "
-            f"({', '.join(info.labels[:8])}); rename them to match."
-        )
     background = next((i for i, name in enumerate(data.classes) if name.lower() == BACKGROUND), None)
-    located = isinstance(images, (SceneSplit, ObjectSplit)) or (
-        of_maps and (info.task == "segment" or background is not None)
-    )
+    of_map = isinstance(images, MapSplit) and (class_of is not None or background is not None)
+    located = of_map or isinstance(images, (SceneSplit, ObjectSplit))
     return Truth(
         split=images,
         located=located,
+        class_of=class_of,
+        background=background,
         notes=tuple(_notes(data, images, info, located)),
-        _class_of=class_of,
-        _background=background,
-        _segments=info.task == "segment",
     )
 
 
@@ -157,20 +156,16 @@ def _open(spec: str, info: ModelInfo) -> ImageData:
     return open_data(spec, task=task, strict=False, **{k: v for k, v in stored.items() if v is not None})
 
 
-def _notes(data: ImageData, images: Split, info: ModelInfo, located: bool) -> list[str]:
-    notes = []
+def _notes(data: ImageData, images: Split, info: ModelInfo, located: bool) -> Iterator[str]:
     if not info.trained:
-        notes.append("The weights are random: the maps explain chance, not knowledge.")
+        yield "The weights are random: the maps explain chance, not knowledge."
     if not located:
-        notes.append(
-            f"{data.name} does not say where its objects are: deletion and insertion are all that is measured."
-        )
+        yield f"{data.name} does not say where its objects are: deletion and insertion are all that is measured."
     elif isinstance(images, ObjectSplit) and not any(images.objects(i).outlines for i in range(len(images))):
-        notes.append("The objects have boxes without masks: a box counts as its object, with what is beside it.")
+        yield "The objects have boxes without masks: a box counts as its object, with what is beside it."
     if located and info.task == "classify":
-        notes.append(
-            "The predicted class is explained, right or wrong, and should look at the image's objects, whichever."
-        )
+        yield "The predicted class is explained, right or wrong, and should look at the image's objects, whichever."
+    elif info.task != "segment":
+        yield f"A found box should look at the object it overlaps most, if by {MATCH:.0%} (IoU) or more, of any class."
     if info.task != "segment" and set(data.classes).isdisjoint(info.labels):
-        notes.append(f"{data.name} has other classes than the model: what the model says is explained all the same.")
-    return notes
+        yield f"{data.name} has other classes than the model: what the model says is explained all the same."
