@@ -420,3 +420,12 @@ def test_data_without_images_is_refused(explainer: Explainer) -> None:
     empty = ImageData(name="none", classes=data.classes, splits={"val": data.split("val").subset([])})
     with pytest.raises(DataError, match="none: no images in its split 'val'"):
         evaluate_explanations(explainer, empty)
+
+
+def test_a_page_says_that_there_is_nothing(measured: Faithfulness) -> None:
+    """As of a detector that finds nothing."""
+    nothing = replace(measured, maps=(), differences=(), unplaced=2)
+    page = "".join(piece for _, pieces in faithfulness_sections(nothing) for piece in pieces)
+    assert "Nothing could be measured" in page
+    assert "2 explanations had no object to lie on" in page
+    assert "<svg" not in page

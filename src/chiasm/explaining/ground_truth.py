@@ -163,9 +163,5 @@ def _notes(data: ImageData, images: Split, info: ModelInfo, located: bool) -> It
         yield f"{data.name} does not say where its objects are: deletion and insertion are all that is measured."
     elif isinstance(images, ObjectSplit) and not any(images.objects(i).outlines for i in range(len(images))):
         yield "The objects have boxes without masks: a box counts as its object, with what is beside it."
-    if located and info.task == "classify":
-        yield "The predicted class is explained, right or wrong, and should look at the image's objects, whichever."
-    elif info.task != "segment":
-        yield f"A found box should look at the object it overlaps most, if by {MATCH:.0%} (IoU) or more, of any class."
     if info.task != "segment" and set(data.classes).isdisjoint(info.labels):
         yield f"{data.name} has other classes than the model: what the model says is explained all the same."

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from chiasm.errors import ImageError
 from chiasm.explaining.faithfulness import Estimate, Faithfulness, Score
+from chiasm.explaining.ground_truth import MATCH
 from chiasm.explaining.measures import HALF, Distance, Field, Measures
 from chiasm.report.evaluation import share
 from chiasm.report.html import Html, columns, figure, note, table, text
@@ -74,7 +75,7 @@ def faithfulness_sections(result: Faithfulness) -> Sections:
         pieces.append(figure(localisation_figure(result), caption))
     found: Sections = [
         ("How far the maps can be believed", pieces),
-        ("The maps in numbers", [*map(text, _method(result)), table(HEADERS, cells(result), words=2)]),
+        ("The maps in numbers", [*map(text, _method(result)), table(*scores_table(result), words=2)]),
     ]
     if result.differences:
         said = (
@@ -82,7 +83,7 @@ def faithfulness_sections(result: Faithfulness) -> Sections:
             "of percent: above 0 the exchanges make it better. A network trained with its exchanges answers worse "
             "without them, so that there is less to gain."
         )
-        found.append(("What the exchanges change", [text(said), table(DIFFERENCE_HEADERS, difference_cells(result))]))
+        found.append(("What the exchanges change", [text(said), table(*differences_table(result))]))
     return [*found, *_left_out(result.failures)]
 
 
@@ -95,27 +96,35 @@ def _left_out(failures: Sequence[ImageError]) -> Sections:
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
-HEADERS = (
-    *("map", "exchanges", "on the objects", "of a uniform map"),
-    *("deletion", "of random maps", "insertion", "of random maps"),
-)
-DIFFERENCE_HEADERS = ("map", "on the objects", "deletion", "insertion")
+# The columns of a measure: itself, and what chance is.
+MEASURES = {
+    "localisation": ("on the objects", "of a uniform map"),
+    "deletion": ("deletion", "of random maps"),
+    "insertion": ("insertion", "of random maps"),
+}
 
 
-def cells(result: Faithfulness) -> Iterator[list[str]]:
-    """A text for each of `HEADERS` and kind of map."""
+def scores_table(result: Faithfulness) -> tuple[list[str], list[list[str]]]:
+    """Headers, and a row for each kind of map: those measures that there are."""
+    measures = _known(result)
+    rows = []
     for scores in result.maps:
         row = [scores.name, "on" if scores.coupled else "off"]
-        for score in (scores.localisation, scores.deletion, scores.insertion):
+        for score in (getattr(scores, measure) for measure in measures):
             row += [told(score.value if score else None), share(score.chance.mean if score else None)]
-        yield row
+        rows.append(row)
+    return ["map", "exchanges", *(header for measure in measures for header in MEASURES[measure])], rows
 
 
-def difference_cells(result: Faithfulness) -> Iterator[list[str]]:
-    """A text for each of `DIFFERENCE_HEADERS` and kind of map, in points of percent."""
-    for difference in result.differences:
-        kinds = (difference.localisation, difference.deletion, difference.insertion)
-        yield [difference.name, *(told(kind, signed=True) for kind in kinds)]
+def differences_table(result: Faithfulness) -> tuple[list[str], list[list[str]]]:
+    """Headers, and a row for each kind of map, in points of percent."""
+    measures = _known(result)
+    rows = [[d.name, *(told(getattr(d, measure), signed=True) for measure in measures)] for d in result.differences]
+    return ["map", *(MEASURES[measure][0] for measure in measures)], rows
+
+
+def _known(result: Faithfulness) -> list[str]:
+    return [measure for measure in MEASURES if any(getattr(scores, measure) for scores in result.maps)]
 
 
 def told(estimate: Estimate | None, *, signed: bool = False) -> str:
@@ -137,8 +146,7 @@ def _distance_words(measures: Measures) -> Iterator[str]:
     yield (
         f"In {first.name} a query looks {first.mean:.0f} pixels far on average, its heads from {min(first.heads):.0f} "
         f"to {max(first.heads):.0f}; in {last.name} {last.mean:.0f}, from {min(last.heads):.0f} to "
-        f"{max(last.heads):.0f}. "
-        f"Spread evenly over all tokens that it sees there, it would be {last.even:.0f}."
+        f"{max(last.heads):.0f}. Spread evenly over all tokens that it sees there, it would be {last.even:.0f}."
     )
 
 
@@ -167,6 +175,8 @@ def _similarity_words(measures: Measures) -> Iterator[str]:
 
 def _verdict(result: Faithfulness) -> Iterator[str]:
     """What the coupled maps know, and what they do not."""
+    if not result.maps:
+        yield "Nothing could be measured: the model found nothing in these images, or nothing that they show."
     for kind, what in (
         ("localisation", "lie on the objects more than a uniform map does"),
         ("deletion", "name places whose loss costs the answer more than that of random ones"),
@@ -184,11 +194,22 @@ def _verdict(result: Faithfulness) -> Iterator[str]:
 
 
 def _method(result: Faithfulness) -> Iterator[str]:
+    known = _known(result)
     yield (
         f"{result.images:,} images of {result.data} ({result.split}). Numbers are percent with the 95 % interval of a "
-        "bootstrap over the images. Deletion and insertion are areas under the curves: small is good for the one, "
-        "large for the other. What is watched is the map's own branch where it has a head."
+        "bootstrap over the images."
     )
+    if "deletion" in known:
+        yield (
+            "The predicted class is explained, right or wrong. Deletion and insertion are areas under the curves: "
+            "small is good for the one, large for the other. What is watched is the map's own branch where it has a "
+            "head."
+        )
+    if "localisation" in known:
+        yield (
+            "A class's map should lie on the image's objects, a found box's on the object that it overlaps most (IoU "
+            f"{MATCH:.0%} or more), a region's on the pixels of its class."
+        )
     if result.unplaced:
         yield f"{result.unplaced:,} explanations had no object to lie on and count in neither column of localisation."
 
