@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -13,18 +11,17 @@ from PIL import Image
 from chiasm import __version__
 from chiasm.errors import ImageError
 from chiasm.report.evaluation import tail
+from chiasm.report.explained import UNCOUPLED, Comparison, Explained, Stage
 from chiasm.report.heat_panels import (
     BRANCHES,
     SIDE,
     SMALL,
     Panel,
-    Row,
     disagreement_words,
     every_map,
     feature_panel,
     heat_scale,
     panels,
-    sheet,
     shrunk,
 )
 from chiasm.report.html import (
@@ -43,89 +40,17 @@ from chiasm.report.html import (
     table,
     text,
 )
-from chiasm.results import Explanation
 
 # Images that the page shows; each takes some 300 kB.
 SHOWN = 24
 # Feature maps of a branch that the page shows, evenly over its depth, and the side of each in pixels.
 STAGES, STAGE_SIDE = 8, 100
 
-COUPLED, UNCOUPLED = "coupled, as the model works", "the same weights with the coupling off"
 OFF_MEANS = (
     "With the coupling off nothing passes between the branches. The weights are the same and were never trained that "
     "way, so this shows what the exchanges carry, not what two networks trained alone would see; for that, train them "
     "and give them with --beside."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """An answer explained, and where there is one the same answer with the coupling off."""
-
-    explanation: Explanation
-    uncoupled: Explanation | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """What a branch holds behind a stage or block, as strength by place (`heat_panels.strength`).
-
-    Attributes:
-        branch, name: of the feature map.
-        strength: (h, w).
-        uncoupled: the same with the coupling off; None where that cannot be.
-    """
-
-    branch: str
-    name: str
-    strength: np.ndarray
-    uncoupled: np.ndarray | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Explained:
-    """One image.
-
-    Attributes:
-        source: its path.
-        ground: an explanation without maps: the image's size, and what of it the network saw.
-        answers: the class, or the objects, or the largest classes; a detector may find nothing.
-        stages: in the order of the computation.
-        picture, arrays: the PNG and the NPZ written.
-    """
-
-    source: str
-    ground: Explanation
-    answers: tuple[Answer, ...]
-    stages: tuple[Stage, ...]
-    picture: Path
-    arrays: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """All images and all branches of several models side by side: the papers' figure.
-
-    Attributes:
-        title, caption: what it shows.
-        columns: of each column the model's name, empty for the images, and what of it is shown.
-        rows: a panel per column.
-    """
-
-    title: str
-    caption: str
-    columns: Sequence[tuple[str, str]]
-    rows: Sequence[Sequence[Panel]]
-
-    def draw(self) -> Image.Image:
-        """The figure as one picture."""
-        groups: list[tuple[str, int]] = []
-        for name, _ in self.columns:
-            if groups and groups[-1][0] == name:
-                groups[-1] = (name, groups[-1][1] + 1)
-            else:
-                groups.append((name, 1))
-        return sheet([Row(panels=row) for row in self.rows], title=self.title, groups=groups)
 
 
 class ExplanationPage:
@@ -286,7 +211,7 @@ def _stages(explained: Explained, image: Image.Image) -> list[Html]:
 
 def _stage(explained: Explained, image: Image.Image, name: str, values: np.ndarray | None) -> Html:
     assert values is not None
-    return embedded(feature_panel(image, explained.ground, values, name).image, name, side=STAGE_SIDE)
+    return embedded(feature_panel(image, explained.ground, values).image, name, side=STAGE_SIDE)
 
 
 def _evenly(items: Sequence[Stage], count: int) -> Sequence[Stage]:

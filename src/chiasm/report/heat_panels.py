@@ -51,15 +51,15 @@ def shrunk(image: Image.Image, side: int = SIDE) -> Image.Image:
     return image.convert("RGB").resize((width, height), way)
 
 
-def fitted(explanation: Explanation, image: Image.Image) -> Explanation:
-    """The same explanation of the image at another size."""
-    across, down = image.width / explanation.size[1], image.height / explanation.size[0]
+def resized(explanation: Explanation, size: tuple[int, int]) -> Explanation:
+    """The same explanation of the image at another height and width."""
+    across, down = size[1] / explanation.size[1], size[0] / explanation.size[0]
 
     def scaled(place: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
         return place[0] * across, place[1] * down, place[2] * across, place[3] * down
 
     box = None if explanation.box is None else scaled(explanation.box)
-    return replace(explanation, size=(image.height, image.width), region=scaled(explanation.region), box=box)
+    return replace(explanation, size=size, region=scaled(explanation.region), box=box)
 
 
 def panels(image: Image.Image, explanation: Explanation) -> list[Panel]:
@@ -69,8 +69,10 @@ def panels(image: Image.Image, explanation: Explanation) -> list[Panel]:
         image: at any size; the panels have it.
         explanation: of that image.
     """
-    at = fitted(explanation, image)
-    found = [Panel(image=_boxed(image, at), heading="the image", lines=(answer(at),))]
+    at = resized(explanation, (image.height, image.width))
+    score = None if at.box else at.scores.get("model")  # an object's stands in its subject
+    lines = (at.subject,) if score is None else (at.subject, f"the model gives it {score:.0%}")
+    found = [Panel(image=_boxed(image, at), heading="the image", lines=lines)]
     found += [heat_panel(image, at, branch) for branch in at.branches]
     if at.overlap is not None:
         found.append(replace(heat_panel(image, at, FUSED), heading="both, fused"))
@@ -86,7 +88,7 @@ def panels(image: Image.Image, explanation: Explanation) -> list[Panel]:
 
 def heat_panel(image: Image.Image, explanation: Explanation, branch: str, method: str | None = None) -> Panel:
     """A map of one branch, or 'fused', on the image; below it the branch's score and how far the map is spread."""
-    at = fitted(explanation, image)
+    at = resized(explanation, (image.height, image.width))
     heat = at.over_image(at.map_of(branch, method))
     score = at.scores.get(branch) if len(at.branches) > 1 else None
     lines = () if score is None else (f"gives it {score:.0%}",)
@@ -108,12 +110,6 @@ def every_map(image: Image.Image, explanation: Explanation) -> list[Panel]:
     return found
 
 
-def answer(explanation: Explanation) -> str:
-    """What is explained, and the model's own score where that is not part of the subject and belongs to no branch."""
-    score = None if explanation.box else explanation.scores.get("model")
-    return explanation.subject if score is None else f"{explanation.subject} {score:.0%}"
-
-
 def strength(features: np.ndarray) -> np.ndarray:
     """How much each place of a feature map (C, h, w) differs from the map's average place: the length of the
     difference over the channels; (h, w) float32 from 0, summing to 1, or 0 everywhere where all places are alike."""
@@ -123,10 +119,10 @@ def strength(features: np.ndarray) -> np.ndarray:
     return (away / total if total > 1e-12 else np.zeros_like(away)).astype(np.float32)
 
 
-def feature_panel(image: Image.Image, explanation: Explanation, values: np.ndarray, heading: str) -> Panel:
-    """A feature map's strength (h, w) on the image; it covers what the maps of `explanation` cover."""
-    at = fitted(explanation, image)
-    return Panel(image=paint_heat(image, at.over_image(values)), heading=heading)
+def feature_panel(image: Image.Image, ground: Explanation, values: np.ndarray) -> Panel:
+    """A feature map's strength (h, w) on the image; it covers what the maps of `ground` cover."""
+    at = resized(ground, (image.height, image.width))
+    return Panel(image=paint_heat(image, at.over_image(values)))
 
 
 def _boxed(image: Image.Image, explanation: Explanation) -> Image.Image:
@@ -152,7 +148,12 @@ def _spread(heat: np.ndarray) -> str:
 
 
 def sheet(
-    rows: Sequence[Row], *, title: str = "", groups: Sequence[tuple[str, int]] = (), branches: Sequence[str] = ()
+    rows: Sequence[Row],
+    *,
+    title: str = "",
+    groups: Sequence[tuple[str, int]] = (),
+    branches: Sequence[str] = (),
+    heat: str = "how much a place speaks for the answer: little to most",
 ) -> Image.Image:
     """Rows of panels as one picture on white, with a legend of the colours.
 
@@ -161,12 +162,13 @@ def sheet(
         title: on top.
         groups: over the first row, names that span so many panels each; an empty name leaves its panels without.
         branches: those that disagreement is shown of; none leaves it out of the legend.
+        heat: what bright colours mean; '' where there are none.
     """
     widths = [0] * max(len(row.panels) for row in rows)
     for row in rows:
         for i, panel in enumerate(row.panels):
             widths[i] = max(widths[i], panel.image.width, 200)
-    legend = _legend(branches)
+    legend = _legend(heat, branches)
     width = max(sum(widths) + _GAP * (len(widths) - 1), max((part.width for part in legend), default=0)) + 2 * _MARGIN
     pen = _Pen(width)
     if title:
@@ -268,9 +270,9 @@ def disagreement_words(branches: Sequence[str]) -> tuple[tuple[tuple[int, int, i
     )
 
 
-def _legend(branches: Sequence[str]) -> list[Image.Image]:
+def _legend(heat: str, branches: Sequence[str]) -> list[Image.Image]:
     """Lines of a legend, each a picture."""
-    entries = [(heat_scale(), "how much a place speaks for the answer: little to most")]
+    entries = [(heat_scale(), heat)] if heat else []
     if len(branches) == 2:
         entries += [(Image.new("RGB", (18, 18), colour), words) for colour, words in disagreement_words(branches)]
     lines = []
