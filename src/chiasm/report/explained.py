@@ -16,10 +16,11 @@ from chiasm.report.heat_panels import (
     BRANCHES,
     Panel,
     Row,
-    feature_panel,
+    feature_picture,
     heat_panel,
     panels,
     resized,
+    seen,
     sheet,
     strength,
 )
@@ -218,15 +219,16 @@ class Comparison:
 
     def add_features(self, image: Image.Image, looks: Mapping[str, Look]) -> None:
         """A row of the deepest fine feature map of each branch of each model."""
-        row = [Panel(image=image, heading="the image")]
+        side = max(image.size)
+        row = [Panel(image=seen(image, next(iter(looks.values())).ground, side), heading="the image")]
         for name, branches in self.branches.items():
             for branch in branches:
                 stage = looks[name].fine_stage(branch)
                 if stage is None:
                     row.append(_nothing(image, branch))
                     continue
-                panel = feature_panel(image, looks[name].ground, stage.strength)
-                row.append(replace(panel, heading=BRANCHES.get(branch, branch), lines=(stage.name,)))
+                picture = feature_picture(stage.strength, looks[name].ground, side)
+                row.append(Panel(image=picture, heading=BRANCHES.get(branch, branch), lines=(stage.name,)))
         self.rows.append(row)
 
     def draw(self) -> Image.Image:

@@ -19,9 +19,10 @@ from chiasm.report.heat_panels import (
     Panel,
     disagreement_words,
     every_map,
-    feature_panel,
+    feature_picture,
     heat_scale,
     panels,
+    seen,
     shrunk,
 )
 from chiasm.report.html import (
@@ -44,7 +45,7 @@ from chiasm.report.html import (
 # Images that the page shows; each takes some 300 kB.
 SHOWN = 24
 # Feature maps of a branch that the page shows, evenly over its depth, and the side of each in pixels.
-STAGES, STAGE_SIDE = 8, 100
+STAGES, STAGE_SIDE = 7, 100
 
 OFF_MEANS = (
     "With the coupling off nothing passes between the branches. The weights are the same and were never trained that "
@@ -138,7 +139,7 @@ class ExplanationPage:
                 "where the light lies, not how bright it is. 'Half of it on 9%' tells how local a map is: the "
                 "brightest 9% of the image hold half of it."
             ),
-            Html(f'<p class="legend"><span>little {embedded(heat_scale(), "from grey to yellow")} most</span></p>'),
+            Html(f'<p class="legend"><span>little {embedded(heat_scale(), "from black to yellow")} most</span></p>'),
         ]
         if len(self._branches) == 2:
             pieces.append(legend(disagreement_words(self._branches)))
@@ -183,35 +184,30 @@ def _row(found: Iterable[Panel]) -> Html:
 
 
 def _stages(explained: Explained, image: Image.Image) -> list[Html]:
-    small = shrunk(image, STAGE_SIDE)
     pieces = [
         text(
             "Bright: places whose features differ most from the average place of that map. Early maps follow edges, "
             "late ones what the network takes for things."
         )
     ]
+    whole = embedded(seen(image, explained.ground, STAGE_SIDE), "what the network saw", side=STAGE_SIDE)
     for branch in dict.fromkeys(stage.branch for stage in explained.stages):
         of_branch = [stage for stage in explained.stages if stage.branch == branch]
         shown = _evenly(of_branch, STAGES)
-        rows = [[_stage(explained, small, stage.name, stage.strength) for stage in shown]]
-        if all(stage.uncoupled is not None for stage in shown):
-            rows.append([_stage(explained, small, stage.name, stage.uncoupled) for stage in shown])
-        names = ["coupled", "coupling off"] if len(rows) > 1 else [""]
+        rows = [["coupled", whole, *(_stage(explained, stage.name, stage.strength) for stage in shown)]]
+        off = [_stage(explained, stage.name, stage.uncoupled) for stage in shown if stage.uncoupled is not None]
+        if len(off) == len(shown):
+            rows.append(["coupling off", "", *off])
+        else:
+            rows[0][0] = ""
         left = f" ({len(shown)} of {len(of_branch)}; the NPZ file has all)" if len(shown) < len(of_branch) else ""
         pieces.append(heading(f"{BRANCHES.get(branch, branch).capitalize()}{left}"))
-        pieces.append(
-            table(
-                ["", *(stage.name for stage in shown)],
-                [[name, *row] for name, row in zip(names, rows, strict=True)],
-                words=len(shown) + 1,
-            )
-        )
+        pieces.append(table(["", "", *(stage.name for stage in shown)], rows, words=len(shown) + 2))
     return pieces
 
 
-def _stage(explained: Explained, image: Image.Image, name: str, values: np.ndarray | None) -> Html:
-    assert values is not None
-    return embedded(feature_panel(image, explained.ground, values).image, name, side=STAGE_SIDE)
+def _stage(explained: Explained, name: str, values: np.ndarray) -> Html:
+    return embedded(feature_picture(values, explained.ground, STAGE_SIDE), name, side=STAGE_SIDE)
 
 
 def _evenly(items: Sequence[Stage], count: int) -> Sequence[Stage]:

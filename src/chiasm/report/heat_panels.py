@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from matplotlib import colormaps
 from PIL import Image, ImageDraw
 
 from chiasm.report.plots import INK, MUTED
@@ -112,17 +113,25 @@ def every_map(image: Image.Image, explanation: Explanation) -> list[Panel]:
 
 def strength(features: np.ndarray) -> np.ndarray:
     """How much each place of a feature map (C, h, w) differs from the map's average place: the length of the
-    difference over the channels; (h, w) float32 from 0, summing to 1, or 0 everywhere where all places are alike."""
+    difference over the channels, less that of the place that differs least, (h, w) float32, its largest value 1."""
     away = features.astype(np.float64)
     away = np.sqrt(((away - away.mean(axis=(1, 2), keepdims=True)) ** 2).sum(axis=0))
-    total = away.sum()
-    return (away / total if total > 1e-12 else np.zeros_like(away)).astype(np.float32)
+    away -= away.min()
+    return (away / max(away.max(), 1e-12)).astype(np.float32)
 
 
-def feature_panel(image: Image.Image, ground: Explanation, values: np.ndarray) -> Panel:
-    """A feature map's strength (h, w) on the image; it covers what the maps of `ground` cover."""
-    at = resized(ground, (image.height, image.width))
-    return Panel(image=paint_heat(image, at.over_image(values)))
+def seen(image: Image.Image, ground: Explanation, side: int) -> Image.Image:
+    """The part of the image that the network saw, which feature maps cover; black where it lay on a larger canvas."""
+    left, top, right, bottom = resized(ground, (image.height, image.width)).region
+    return shrunk(image.crop((round(left), round(top), round(right), round(bottom))), side)
+
+
+def feature_picture(values: np.ndarray, ground: Explanation, side: int) -> Image.Image:
+    """The strength (h, w) of a feature map in the colours of heat, in the proportions of what the network saw."""
+    left, top, right, bottom = ground.region
+    scale = side / max(right - left, bottom - top)
+    size = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
+    return _coloured(np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BILINEAR)))
 
 
 def _boxed(image: Image.Image, explanation: Explanation) -> Image.Image:
@@ -256,9 +265,12 @@ class _Pen:
 
 
 def heat_scale(width: int = 160, height: int = 18) -> Image.Image:
-    """The colours of heat on a grey image, from nothing to the most."""
-    ramp = np.tile(np.linspace(0, 1, width, dtype=np.float32), (height, 1))
-    return paint_heat(Image.new("RGB", (width, height), (128, 128, 128)), ramp)
+    """The colours of heat, from nothing to the most."""
+    return _coloured(np.tile(np.linspace(0, 1, width, dtype=np.float32), (height, 1)))
+
+
+def _coloured(heat: np.ndarray) -> Image.Image:
+    return Image.fromarray((255 * colormaps["inferno"](heat)[..., :3]).astype(np.uint8))
 
 
 def disagreement_words(branches: Sequence[str]) -> tuple[tuple[tuple[int, int, int], str], ...]:

@@ -112,16 +112,18 @@ def show(result: ExplainResult, config: ExplainConfig) -> int:
     from rich.table import Table
     from rich.text import Text
 
+    from chiasm.report.evaluation import tail
+
     console = Console(highlight=False)
     if result.explanations:
         several = len(result.branches) > 1
         table = Table(box=None, pad_edge=False)
-        table.add_column("image", overflow="fold")
-        table.add_column("explained")
+        table.add_column("image", no_wrap=True)
+        table.add_column("explained", no_wrap=True)
         for name in ("model", *(result.branches if several else ())):
             table.add_column(name, justify="right")
         if several:
-            table.add_column("look shared", justify="right")
+            table.add_column("shared", justify="right")
             table.add_column("coupling off", justify="right")
         for image in result.images:
             for answer in image.answers:
@@ -130,7 +132,7 @@ def show(result: ExplainResult, config: ExplainConfig) -> int:
                 if several:
                     off = answer.uncoupled
                     cells += [_share(found.overlap), _share(None if off is None else off.overlap)]
-                table.add_row(*map(Text, (image.source, found.subject, *cells)))
+                table.add_row(*map(Text, (tail(image.source), found.subject, *cells)))
         console.print(table)
     print(f"page {result.page}")
     if result.failures:
@@ -283,11 +285,10 @@ class _Work:
             ("image size", f"{height} x {width} px"),
             ("device", str(self._explainer.device)),
         ]
-        several = len(self.images) > 1 or config.beside
         page = self._page.page(
             notes=self.notes,
             about=about,
-            figures=shown if several else (),
+            figures=shown if config.beside else (),
             sections=self._sections,
             failures=self.failures,
         )
