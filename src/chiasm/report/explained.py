@@ -13,6 +13,7 @@ from PIL import Image
 
 from chiasm.explaining.record import Feature
 from chiasm.report.heat_panels import (
+    SMALL,
     BRANCHES,
     Panel,
     Row,
@@ -22,6 +23,7 @@ from chiasm.report.heat_panels import (
     resized,
     seen,
     sheet,
+    shrunk,
     strength,
 )
 from chiasm.report.pictures import writing
@@ -83,8 +85,9 @@ class Look:
     def fine_stage(self, branch: str) -> Stage | None:
         """The deepest feature map of a branch that still tells places apart; None of a branch without any."""
         least = 0.9 * self.canvas[0] * self.canvas[1] / FINE**2
-        of_branch = [stage for stage in self.stages if stage.branch == branch]
-        return next((stage for stage in reversed(of_branch) if stage.strength.size >= least), (of_branch or [None])[-1])
+        of_branch = [stage for stage in reversed(self.stages) if stage.branch == branch]
+        fine = (stage for stage in of_branch if stage.strength.size >= least)
+        return next(fine, of_branch[0] if of_branch else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +110,7 @@ def draw(look: Look, image: Image.Image, title: str) -> Image.Image:
 
     Args:
         look: what to draw.
-        image: at the size that each panel gets.
+        image: at any size.
         title: on top.
     """
     rows: list[Row] = []
@@ -120,7 +123,7 @@ def draw(look: Look, image: Image.Image, title: str) -> Image.Image:
         if answer.uncoupled is not None:
             rows.append(Row(panels=panels(image, answer.uncoupled), caption=f"{which}{UNCOUPLED}"))
     if not rows:
-        nothing = Panel(image=image, heading="the image", lines=("nothing was found here",))
+        nothing = Panel(image=shrunk(image), heading="the image", lines=("nothing was found here",))
         return sheet([Row(panels=[nothing])], title=title, heat="")
     return sheet(rows, title=title, branches=branches)
 
@@ -164,10 +167,11 @@ def store(look: Look, path: Path, features: Mapping[str, Sequence[Feature]]) -> 
             values = _values(feature)
             half = np.abs(values).max(initial=0) < LARGEST
             arrays[f"{prefix}{feature.branch}/{feature.name}"] = values.astype(np.float16 if half else np.float32)
+    arrays["about"] = np.array(json.dumps(about, ensure_ascii=False))
     part = path.with_name(f".{path.name}.part")
     with writing(path):
         with open(part, "wb") as file:
-            np.savez_compressed(file, about=np.array(json.dumps(about, ensure_ascii=False)), **arrays)
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
         part.replace(path)
 
 
@@ -203,15 +207,15 @@ class Comparison:
         ]
 
     def add_heat(self, image: Image.Image, looks: Mapping[str, Look]) -> None:
-        """A row of what spoke for the first answer of each model; `image` has the size of a panel."""
-        row = [Panel(image=image, heading="the image")]
+        """A row of what spoke for the first answer of each model."""
+        row = [Panel(image=shrunk(image, SMALL), heading="the image")]
         for name, branches in self.branches.items():
             for branch in branches:
                 if not looks[name].answers:
                     row.append(_nothing(image, branch))
                     continue
                 one = looks[name].answers[0].explanation
-                panel = heat_panel(image, one, branch)
+                panel = heat_panel(image, one, branch, side=SMALL)
                 score = one.scores.get(branch, one.scores.get("model"))
                 said = one.subject if score is None or one.box else f"{one.subject}: {score:.0%}"
                 row.append(replace(panel, lines=(said, panel.lines[-1])))
@@ -219,15 +223,14 @@ class Comparison:
 
     def add_features(self, image: Image.Image, looks: Mapping[str, Look]) -> None:
         """A row of the deepest fine feature map of each branch of each model."""
-        side = max(image.size)
-        row = [Panel(image=seen(image, next(iter(looks.values())).ground, side), heading="the image")]
+        row = [Panel(image=seen(image, next(iter(looks.values())).ground, SMALL), heading="the image")]
         for name, branches in self.branches.items():
             for branch in branches:
                 stage = looks[name].fine_stage(branch)
                 if stage is None:
                     row.append(_nothing(image, branch))
                     continue
-                picture = feature_picture(stage.strength, looks[name].ground, side)
+                picture = feature_picture(stage.strength, looks[name].ground, SMALL)
                 row.append(Panel(image=picture, heading=BRANCHES.get(branch, branch), lines=(stage.name,)))
         self.rows.append(row)
 
@@ -239,5 +242,5 @@ class Comparison:
 
 def _nothing(image: Image.Image, branch: str) -> Panel:
     return Panel(
-        image=image.convert("L").convert("RGB"), heading=BRANCHES.get(branch, branch), lines=("nothing was found",)
+        image=shrunk(image.convert("L"), SMALL), heading=BRANCHES.get(branch, branch), lines=("nothing was found",)
     )

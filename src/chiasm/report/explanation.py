@@ -15,7 +15,6 @@ from chiasm.report.explained import UNCOUPLED, Comparison, Explained, Stage
 from chiasm.report.heat_panels import (
     BRANCHES,
     SIDE,
-    SMALL,
     Panel,
     disagreement_words,
     every_map,
@@ -46,6 +45,8 @@ from chiasm.report.html import (
 SHOWN = 24
 # Feature maps of a branch that the page shows, evenly over its depth, and the side of each in pixels.
 STAGES, STAGE_SIDE = 7, 100
+# Side of the pictures in a table of several models: five stand side by side.
+CELL = 180
 
 OFF_MEANS = (
     "With the coupling off nothing passes between the branches. The weights are the same and were never trained that "
@@ -80,7 +81,7 @@ class ExplanationPage:
                 if found is not None and found.overlap is not None:
                     sums.append(found.overlap)
         if len(self._images) < SHOWN:
-            self._images.append((_title(explained), _image(explained, shrunk(image))))
+            self._images.append((_title(explained), _image(explained, image)))
 
     def page(
         self,
@@ -112,10 +113,13 @@ class ExplanationPage:
         if self.count > len(self._images):
             left = self.count - len(self._images)
             page.section("", text(f"{left:,} more are in the folder of this page, as NAME.png and NAME.npz."))
-        for title, pieces in sections:
-            page.section(title, *pieces)
+        for title, measured in sections:
+            page.section(title, *measured)
         if failures:
-            page.section("Images left out", table(["image", "why"], [[e.path, e.reason] for e in failures], words=2))
+            page.section(
+                "Images that could not be read",
+                table(["image", "why"], [[e.path, e.reason] for e in failures], words=2),
+            )
         made = ("made", f"{datetime.now():%Y-%m-%d %H:%M} by chiasm {__version__}")
         page.section("How this was made", table(["", ""], [*about, made], words=2))
         return page
@@ -148,7 +152,7 @@ class ExplanationPage:
 
 def _cell(panel: Panel) -> Html:
     words = "<br>".join(map(escape, panel.lines))
-    return Html(f"{embedded(panel.image, panel.heading, side=SMALL)}<figcaption>{words}</figcaption>")
+    return Html(f"{embedded(panel.image, panel.heading, side=CELL)}<figcaption>{words}</figcaption>")
 
 
 # ----------------------------------------------------------------------------------------------------------- one image
@@ -163,7 +167,7 @@ def _title(explained: Explained) -> str:
 def _image(explained: Explained, image: Image.Image) -> list[Html]:
     pieces: list[Html] = []
     if not explained.answers:
-        pieces += [text("Nothing was found here, so there is nothing to explain."), _row([Panel(image=image)])]
+        pieces += [text("Nothing was found here, so there is nothing to explain."), _row([Panel(image=shrunk(image))])]
     several = len(explained.answers) > 1
     for answer in explained.answers:
         if several:

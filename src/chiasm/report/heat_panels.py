@@ -15,6 +15,8 @@ from chiasm.results.explanation import BLUE, FUSED, ORANGE, Explanation, paint_d
 
 # Longest side of a panel in pixels: in a picture of one image, and in a figure of many.
 SIDE, SMALL = 320, 200
+# Around a small object so many times its box is shown.
+AROUND = 5
 
 BRANCHES = {"conv": "convolution branch", "tokens": "Transformer branch", "model": "the model"}
 METHODS = {"gradcam": "Grad-CAM", "rollout": "attention rollout", "gradient_rollout": "gradient-weighted rollout"}
@@ -63,23 +65,28 @@ def resized(explanation: Explanation, size: tuple[int, int]) -> Explanation:
     return replace(explanation, size=size, region=scaled(explanation.region), box=box)
 
 
-def panels(image: Image.Image, explanation: Explanation) -> list[Panel]:
+def panels(image: Image.Image, explanation: Explanation, side: int = SIDE) -> list[Panel]:
     """The image, what each branch looked at, and of two branches both fused and where they disagree.
 
     Args:
-        image: at any size; the panels have it.
+        image: at any size; a small object's surroundings are cut from it.
         explanation: of that image.
+        side: longest side of a panel in pixels.
     """
-    at = resized(explanation, (image.height, image.width))
+    whole = shrunk(image, side)
+    at = resized(explanation, (whole.height, whole.width))
+    picture, near = close_up(image, explanation, side)
     score = None if at.box else at.scores.get("model")  # an object's stands in its subject
-    lines = (at.subject,) if score is None else (at.subject, f"the model gives it {score:.0%}")
-    found = [Panel(image=_boxed(image, at), heading="the image", lines=lines)]
-    found += [heat_panel(image, at, branch) for branch in at.branches]
+    lines = [at.subject] if score is None else [at.subject, f"the model gives it {score:.0%}"]
+    if near.box != at.box:
+        lines.append("beside it: what is around the box")
+    found = [Panel(image=_boxed(whole, at), heading="the image", lines=tuple(lines))]
+    found += [heat_panel(image, explanation, branch, side=side) for branch in at.branches]
     if at.overlap is not None:
-        found.append(replace(heat_panel(image, at, FUSED), heading="both, fused"))
+        found.append(replace(heat_panel(image, explanation, FUSED, side=side), heading="both, fused"))
         found.append(
             Panel(
-                image=_boxed(paint_disagreement(image, at.disagreement()), at),
+                image=_boxed(paint_disagreement(picture, near.disagreement()), near),
                 heading="where they disagree",
                 lines=(f"{at.overlap:.0%} of where they look is shared",),
             )
@@ -87,16 +94,23 @@ def panels(image: Image.Image, explanation: Explanation) -> list[Panel]:
     return found
 
 
-def heat_panel(image: Image.Image, explanation: Explanation, branch: str, method: str | None = None) -> Panel:
-    """A map of one branch, or 'fused', on the image; below it the branch's score and how far the map is spread."""
-    at = resized(explanation, (image.height, image.width))
-    heat = at.over_image(at.map_of(branch, method))
-    score = at.scores.get(branch) if len(at.branches) > 1 else None
+def heat_panel(
+    image: Image.Image, explanation: Explanation, branch: str, method: str | None = None, *, side: int = SIDE
+) -> Panel:
+    """A map of one branch, or 'fused', on the image or, of a small object, on what is around it; below it the branch's
+    score and how far the map is spread over the whole image."""
+    picture, near = close_up(image, explanation, side)
+    values = explanation.map_of(branch, method)
+    heat = near.over_image(values)
+    everywhere = heat
+    if near.box is not None:
+        everywhere = resized(explanation, shrunk(image, side).size[::-1]).over_image(values)
+    score = explanation.scores.get(branch) if len(explanation.branches) > 1 else None
     lines = () if score is None else (f"gives it {score:.0%}",)
     return Panel(
-        image=_boxed(paint_heat(image, heat), at),
+        image=_boxed(paint_heat(picture, heat), near),
         heading=BRANCHES.get(branch, branch),
-        lines=(*lines, _spread(heat)),
+        lines=(*lines, _spread(everywhere)),
     )
 
 
@@ -109,6 +123,23 @@ def every_map(image: Image.Image, explanation: Explanation) -> list[Panel]:
             panel = heat_panel(image, explanation, branch, method)
             found.append(replace(panel, heading=METHODS.get(method, method), lines=(panel.heading, panel.lines[-1])))
     return found
+
+
+def close_up(image: Image.Image, explanation: Explanation, side: int) -> tuple[Image.Image, Explanation]:
+    """A small object with its surroundings, in the image's proportions, else the whole image; and its explanation."""
+    at = resized(explanation, (image.height, image.width))
+    if at.box is not None:
+        left, top, right, bottom = at.box
+        scale = AROUND * max((right - left) / image.width, (bottom - top) / image.height)
+        width, height = (max(8, round(scale * length)) for length in image.size)
+        if scale < 0.6 and width < image.width and height < image.height:
+            x = min(max(round((left + right - width) / 2), 0), image.width - width)
+            y = min(max(round((top + bottom - height) / 2), 0), image.height - height)
+            image = image.crop((x, y, x + width, y + height))
+            region = (at.region[0] - x, at.region[1] - y, at.region[2] - x, at.region[3] - y)
+            at = replace(at, size=(height, width), region=region, box=(left - x, top - y, right - x, bottom - y))
+    picture = shrunk(image, side)
+    return picture, resized(at, (picture.height, picture.width))
 
 
 def strength(features: np.ndarray) -> np.ndarray:

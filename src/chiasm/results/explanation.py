@@ -168,7 +168,7 @@ def paint_disagreement(image: Image.Image, difference: np.ndarray) -> Image.Imag
     from PIL import Image
 
     grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32)
-    colours = np.where(difference[..., None] > 0, np.float32(ORANGE), np.float32(BLUE))
+    colours = np.where(difference[..., None] > 0, np.array(ORANGE, np.float32), np.array(BLUE, np.float32))
     opaque = 0.85 * np.abs(difference)[..., None] ** 0.7
     return Image.fromarray(np.clip((1 - opaque) * 0.8 * grey + opaque * colours, 0, 255).astype(np.uint8))
 

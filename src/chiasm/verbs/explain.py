@@ -208,8 +208,8 @@ class _Work:
 
         from chiasm.data.images import read_image
         from chiasm.report.explained import Explained, draw, store
-        from chiasm.report.heat_panels import SMALL, shrunk
         from chiasm.report.pictures import writing
+        from chiasm.results.drawing import fit
 
         try:
             pixels = read_image(path)
@@ -217,7 +217,7 @@ class _Work:
             _log.warning("%s", error)
             self.failures.append(error)
             return
-        image = shrunk(Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()))
+        image = fit(Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()))
         look, features = _look(self._explainer, pixels, path, label=self._config.label, top=self._config.top)
         picture = self._files.new(path, ".png")
         with writing(picture):
@@ -230,8 +230,8 @@ class _Work:
             looks = {
                 name: look if name == self._name else self._beside(name, look, pixels) for name in self._explainers
             }
-            self._figures["figure"].add_heat(shrunk(image, SMALL), looks)
-            self._figures["features"].add_features(shrunk(image, SMALL), looks)
+            self._figures["figure"].add_heat(image, looks)
+            self._figures["features"].add_features(image, looks)
         self.images.append(explained)
 
     def measure(self, bar: _Bar) -> None:
@@ -380,13 +380,14 @@ def _figures(explainers: dict[str, Explainer]) -> dict[str, Comparison]:
     """The figures over all images, by the names of their files."""
     from chiasm.report.explained import Comparison
 
-    branches = {name: explainer.branches for name, explainer in explainers.items()}
+    first, *others = explainers
+    branches = {name: explainers[name].branches for name in (*others, first)}  # the papers show what is coupled last
     return {
         "figure": Comparison(
             title="What each branch looked at",
-            caption=f"Where the answer came from, for the first {ROWS} images: of all models the answer of the first "
-            "one, where they know that class. Below: the probability that the model or its branch gives the class, "
-            "and on how much of the image half of the map lies.",
+            caption=f"Where the answer came from, for the first {ROWS} images: all models explain the class "
+            "that the last one says, where they know it. Below: the probability that the model or its branch gives the "
+            "class, and on how much of the image half of the map lies.",
             heat="how much a place speaks for the answer: little to most",
             branches=branches,
         ),
