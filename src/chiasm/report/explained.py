@@ -13,8 +13,8 @@ from PIL import Image
 
 from chiasm.explaining.record import Feature
 from chiasm.report.heat_panels import (
-    SMALL,
     BRANCHES,
+    SMALL,
     Panel,
     Row,
     feature_picture,
