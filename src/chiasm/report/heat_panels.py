@@ -49,6 +49,8 @@ class Row:
 def shrunk(image: Image.Image, side: int = SIDE) -> Image.Image:
     """The image with a longest side of `side` pixels; a small one is enlarged."""
     scale = side / max(image.size)
+    if scale == 1:
+        return image.convert("RGB")
     width, height = (max(1, round(length * scale)) for length in image.size)
     way = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
     return image.convert("RGB").resize((width, height), way)

@@ -208,6 +208,7 @@ class _Work:
 
         from chiasm.data.images import read_image
         from chiasm.report.explained import Explained, draw, store
+        from chiasm.report.heat_panels import shrunk
         from chiasm.report.pictures import writing
         from chiasm.results.drawing import fit
 
@@ -219,6 +220,8 @@ class _Work:
             return
         image = fit(Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()))
         look, features = _look(self._explainer, pixels, path, label=self._config.label, top=self._config.top)
+        if all(answer.explanation.box is None for answer in look.answers):
+            image = shrunk(image)  # nothing will be cut from it
         picture = self._files.new(path, ".png")
         with writing(picture):
             draw(look, image, f"{Path(path).name}: what {self._name} looked at").save(picture)
