@@ -15,6 +15,7 @@ from PIL import Image
 import chiasm
 from chiasm.cli import main
 from chiasm.config import Preprocess
+from chiasm.data import open_data
 from chiasm.errors import ChiasmError, DataError, ImageError, UnknownNameError
 from chiasm.explaining.explainer import Explainer
 from chiasm.model_file import ModelInfo, preprocess_of, save_model
@@ -395,3 +396,33 @@ def test_large_and_tiny_images(coupled: str, tmp_path: Path) -> None:
 def test_small_pictures_are_enlarged_and_large_ones_made_smaller() -> None:
     assert shrunk(Image.new("RGB", (10, 5)), 320).size == (320, 160)
     assert shrunk(Image.new("L", (3000, 10)), 320).size == (320, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- measured
+
+
+def test_what_is_measured_stands_in_the_page_and_beside_it(photos: list[str], tmp_path: Path) -> None:
+    labels = "scenes:size=32,count=9,val=9"
+    model = chiasm.create_model(NANO, num_classes=9)
+    info = ModelInfo(
+        architecture=NANO, labels=open_data(labels).classes, preprocess=preprocess_of(model, 32), data=labels
+    )
+    save_model(tmp_path / "scenes.safetensors", model, info)
+    out = tmp_path / "out"
+    result = chiasm.explain(
+        model=tmp_path / "scenes.safetensors", images=photos, out=out, evaluate=labels, limit=3, device="cpu"
+    )
+    assert result.measures is not None
+    assert result.measures.images == 2
+    measured = json.loads((out / "measures.json").read_text())
+    assert measured == json.loads(json.dumps(result.measures.to_dict()))
+    assert result.evaluation is not None
+    assert result.evaluation.images == 3
+    assert json.loads((out / "evaluation.json").read_text())["split"] == "val"
+    page = result.page.read_text(encoding="utf-8")
+    for heading in ("How far attention looks", "How alike the branches are", "believed"):
+        assert heading in page
+    alone = chiasm.explain(model=tmp_path / "scenes.safetensors", evaluate=labels, limit=1, out=tmp_path / "alone")
+    assert not alone.explanations
+    assert alone.evaluation is not None
+    assert {path.name for path in (tmp_path / "alone").iterdir()} == {"index.html", "evaluation.json"}

@@ -139,7 +139,7 @@ class ExplanationPage:
         pieces = [
             text(
                 "Bright places are those that the answer rests on, as far as the method can tell; a map shows where a "
-                "network looked, not whether it was right. Each map is scaled to its own largest value, so compare "
+                "network looked, not whether it was right. Each map is scaled by itself, so compare "
                 "where the light lies, not how bright it is. 'Half of it on 9%' tells how local a map is: the "
                 "brightest 9% of the image hold half of it."
             ),
