@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from chiasm.errors import ChiasmError, ImageError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from rich.table import Table
     from torch import Tensor
 
     from chiasm.explaining.explainer import Explainer
@@ -101,44 +102,65 @@ def explain(**flags: Any) -> ExplainResult:
             work.evaluate(bar)
         except BaseException:
             if work.images:
-                _log.warning("stopped after %d of %d images; see %s", len(work.images), len(paths), work.write())
+                with suppress(ChiasmError):  # a full disk is told by the first error
+                    _log.warning("stopped after %d of %d images; see %s", len(work.images), len(paths), work.write())
             raise
     return work.result(work.write())
 
 
 def show(result: ExplainResult, config: ExplainConfig) -> int:
-    """Print what was explained and where it is; returns the exit code, 1 when images could not be read."""
+    """Print what was explained, what was measured and where it is; returns the exit code, 1 when images could not be
+    read."""
     from rich.console import Console
+
+    console = Console(highlight=False)
+    if result.explanations:
+        console.print(_explanations_table(result))
+    read = len(result.images)
+    if result.evaluation is not None:
+        console.print(_evaluation_table(result.evaluation))
+        read += result.evaluation.images
+    print(f"page {result.page}")
+    if result.failures:
+        print(f"{len(result.failures)} of {read + len(result.failures)} images could not be read", file=sys.stderr)
+    return 1 if result.failures else 0
+
+
+def _explanations_table(result: ExplainResult) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     from chiasm.report.evaluation import tail
 
-    console = Console(highlight=False)
-    if result.explanations:
-        several = len(result.branches) > 1
-        table = Table(box=None, pad_edge=False)
-        table.add_column("image", no_wrap=True)
-        table.add_column("explained", no_wrap=True)
-        for name in ("model", *(result.branches if several else ())):
-            table.add_column(name, justify="right")
-        if several:
-            table.add_column("shared", justify="right")
-            table.add_column("coupling off", justify="right")
-        for image in result.images:
-            for answer in image.answers:
-                found = answer.explanation
-                cells = [_share(found.scores.get(name)) for name in ("model", *(result.branches if several else ()))]
-                if several:
-                    off = answer.uncoupled
-                    cells += [_share(found.overlap), _share(None if off is None else off.overlap)]
-                table.add_row(*map(Text, (tail(image.source), found.subject, *cells)))
-        console.print(table)
-    print(f"page {result.page}")
-    if result.failures:
-        total = len(result.images) + len(result.failures)
-        print(f"{len(result.failures)} of {total} images could not be read", file=sys.stderr)
-    return 1 if result.failures else 0
+    table = Table(box=None, pad_edge=False)
+    branches = result.branches if len(result.branches) > 1 else ()
+    table.add_column("image", no_wrap=True)
+    table.add_column("explained", no_wrap=True)
+    for name in ("model", *branches, *(("shared", "coupling off") if branches else ())):
+        table.add_column(name, justify="right")
+    for image in result.images:
+        for answer in image.answers:
+            found, off = answer.explanation, answer.uncoupled
+            cells = [_share(found.scores.get(name)) for name in ("model", *branches)]
+            if branches:
+                cells += [_share(found.overlap), _share(None if off is None else off.overlap)]
+            table.add_row(*map(Text, (tail(image.source), found.subject, *cells)))
+    return table
+
+
+def _evaluation_table(evaluation: Faithfulness) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    from chiasm.report.explanation_measures import scores_table
+
+    headers, rows = scores_table(evaluation)
+    table = Table(title=f"{evaluation.images:,} images, in percent", title_justify="left", box=None, pad_edge=False)
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="right" if i > 1 else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _share(value: float | None) -> str:
@@ -201,6 +223,10 @@ class _Work:
         ]
         for content in self.notes:
             _log.warning("%s", content)
+        if config.evaluate is not None:
+            from chiasm.explaining.ground_truth import open_truth
+
+            open_truth(config.evaluate, config.split, self._explainer.info)  # what is wrong with it is said at once
 
     def explain(self, path: str) -> None:
         """Explain an image and write its files; one that cannot be read is named and left out."""
