@@ -157,7 +157,7 @@ def _evaluation_table(evaluation: Faithfulness) -> Table:
     headers, rows = scores_table(evaluation)
     table = Table(title=f"{evaluation.images:,} images, in percent", title_justify="left", box=None, pad_edge=False)
     for i, header in enumerate(headers):
-        table.add_column(header, justify="right" if i > 1 else "left")
+        table.add_column(header, justify="right" if i > 1 else "left", no_wrap=i == 0)
     for row in rows:
         table.add_row(*map(Text, row))
     return table
