@@ -91,9 +91,17 @@ class Look:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Explained(Look):
-    """The same with the files written: NAME.png and NAME.npz."""
+class Explained:
+    """What is kept of an image that is done.
 
+    Attributes:
+        source: its path.
+        answers: the class, or the best objects, or the largest regions; empty where nothing was found.
+        picture, arrays: the files written, NAME.png and NAME.npz (see `store`).
+    """
+
+    source: str
+    answers: tuple[Answer, ...]
     picture: Path
     arrays: Path
 

@@ -11,7 +11,7 @@ from PIL import Image
 from chiasm import __version__
 from chiasm.errors import ImageError
 from chiasm.report.evaluation import tail
-from chiasm.report.explained import UNCOUPLED, Comparison, Explained, Stage
+from chiasm.report.explained import UNCOUPLED, Comparison, Look, Stage
 from chiasm.report.heat_panels import (
     BRANCHES,
     SIDE,
@@ -73,15 +73,15 @@ class ExplanationPage:
         self._off: list[float] = []
         self.count = 0
 
-    def add(self, explained: Explained, image: Image.Image) -> None:
+    def add(self, look: Look, image: Image.Image) -> None:
         """Add an image; beyond `SHOWN` it counts, but is not shown."""
         self.count += 1
-        for answer in explained.answers:
+        for answer in look.answers:
             for found, sums in ((answer.explanation, self._overlaps), (answer.uncoupled, self._off)):
                 if found is not None and found.overlap is not None:
                     sums.append(found.overlap)
         if len(self._images) < SHOWN:
-            self._images.append((_title(explained), _image(explained, image)))
+            self._images.append((_title(look), _image(look, image)))
 
     def page(
         self,
@@ -158,18 +158,18 @@ def _cell(panel: Panel) -> Html:
 # ----------------------------------------------------------------------------------------------------------- one image
 
 
-def _title(explained: Explained) -> str:
-    if len(explained.answers) == 1:
-        return f"{tail(explained.source)}: {explained.answers[0].explanation.subject}"
-    return tail(explained.source)
+def _title(look: Look) -> str:
+    if len(look.answers) == 1:
+        return f"{tail(look.source)}: {look.answers[0].explanation.subject}"
+    return tail(look.source)
 
 
-def _image(explained: Explained, image: Image.Image) -> list[Html]:
+def _image(look: Look, image: Image.Image) -> list[Html]:
     pieces: list[Html] = []
-    if not explained.answers:
+    if not look.answers:
         pieces += [text("Nothing was found here, so there is nothing to explain."), _row([Panel(image=shrunk(image))])]
-    several = len(explained.answers) > 1
-    for answer in explained.answers:
+    several = len(look.answers) > 1
+    for answer in look.answers:
         if several:
             pieces.append(heading(answer.explanation.subject))
         pieces.append(_row(panels(image, answer.explanation)))
@@ -178,8 +178,8 @@ def _image(explained: Explained, image: Image.Image) -> list[Html]:
         every = every_map(image, answer.explanation)
         if len(every) > len(answer.explanation.branches):
             pieces.append(details("Every map, by every method", _row(every)))
-    if explained.stages:
-        pieces.append(details("Stage by stage: what each branch holds", *_stages(explained, image)))
+    if look.stages:
+        pieces.append(details("Stage by stage: what each branch holds", *_stages(look, image)))
     return pieces
 
 
@@ -187,19 +187,19 @@ def _row(found: Iterable[Panel]) -> Html:
     return gallery((Picture(panel.image, (panel.heading, *panel.lines)) for panel in found), side=SIDE, shape="row")
 
 
-def _stages(explained: Explained, image: Image.Image) -> list[Html]:
+def _stages(look: Look, image: Image.Image) -> list[Html]:
     pieces = [
         text(
             "Bright: places whose features differ most from the average place of that map. Early maps follow edges, "
             "late ones what the network takes for things."
         )
     ]
-    whole = embedded(seen(image, explained.ground, STAGE_SIDE), "what the network saw", side=STAGE_SIDE)
-    for branch in dict.fromkeys(stage.branch for stage in explained.stages):
-        of_branch = [stage for stage in explained.stages if stage.branch == branch]
+    whole = embedded(seen(image, look.ground, STAGE_SIDE), "what the network saw", side=STAGE_SIDE)
+    for branch in dict.fromkeys(stage.branch for stage in look.stages):
+        of_branch = [stage for stage in look.stages if stage.branch == branch]
         shown = _evenly(of_branch, STAGES)
-        rows = [["coupled", whole, *(_stage(explained, stage.name, stage.strength) for stage in shown)]]
-        off = [_stage(explained, stage.name, stage.uncoupled) for stage in shown if stage.uncoupled is not None]
+        rows = [["coupled", whole, *(_stage(look, stage.name, stage.strength) for stage in shown)]]
+        off = [_stage(look, stage.name, stage.uncoupled) for stage in shown if stage.uncoupled is not None]
         if len(off) == len(shown):
             rows.append(["coupling off", "", *off])
         else:
@@ -210,8 +210,8 @@ def _stages(explained: Explained, image: Image.Image) -> list[Html]:
     return pieces
 
 
-def _stage(explained: Explained, name: str, values: np.ndarray) -> Html:
-    return embedded(feature_picture(values, explained.ground, STAGE_SIDE), name, side=STAGE_SIDE)
+def _stage(look: Look, name: str, values: np.ndarray) -> Html:
+    return embedded(feature_picture(values, look.ground, STAGE_SIDE), name, side=STAGE_SIDE)
 
 
 def _evenly(items: Sequence[Stage], count: int) -> Sequence[Stage]:

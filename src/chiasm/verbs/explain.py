@@ -81,7 +81,7 @@ def explain(**flags: Any) -> ExplainResult:
 
     Raises:
         ModelFileError, UnknownNameError: when `model` or one of `beside` names none, or the model has no such class.
-        DataError: for a folder or glob without images, no image that can be read, or data that does not fit.
+        DataError: for a folder or glob without images, or data that does not fit the model.
         ChiasmError: for settings that cannot be, or files that cannot be written.
     """
     config = ExplainConfig.from_flags(**flags)
@@ -175,6 +175,9 @@ def _check(config: ExplainConfig) -> None:
     for name in ("top", "limit"):
         if (value := getattr(config, name)) < 1:
             raise ChiasmError(f"{name} is {value}: expected 1 or more.")
+    for name in ("split", "limit"):
+        if config.evaluate is None and getattr(config, name) != getattr(ExplainConfig, name):
+            raise ChiasmError(f"--{name} is for --evaluate DATA, which is not given.")
     if Path(config.out).is_file():
         raise ChiasmError(f"{config.out}: a file; --out takes a folder.")
 
@@ -221,6 +224,8 @@ class _Work:
             for name, explainer in explainers.items()
             if not explainer.info.trained
         ]
+        if self._explainer.info.task == "classify" and config.top != ExplainConfig.top:
+            raise ChiasmError(f"--top is for detectors and segmenters; {config.model} has one answer for an image.")
         for content in self.notes:
             _log.warning("%s", content)
         if config.evaluate is not None:
@@ -253,15 +258,14 @@ class _Work:
             draw(look, image, f"{Path(path).name}: what {self._name} looked at").save(picture)
         arrays = picture.with_suffix(".npz")
         store(look, arrays, features)
-        explained = Explained(**vars(look), picture=picture, arrays=arrays)
-        self._page.add(explained, image)
+        self._page.add(look, image)
         if len(self.images) < ROWS:
             looks = {
                 name: look if name == self._name else self._beside(name, look, pixels) for name in self._explainers
             }
             self._figures["figure"].add_heat(image, looks)
             self._figures["features"].add_features(image, looks)
-        self.images.append(explained)
+        self.images.append(Explained(source=path, answers=look.answers, picture=picture, arrays=arrays))
 
     def measure(self, bar: _Bar) -> None:
         """What local and global mean here, measured on the first images."""
