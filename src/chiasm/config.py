@@ -374,7 +374,7 @@ class ExplainConfig(Config):
     beside: list[str] = _flag([], "further models, for the figure of all images and all branches side by side")
     image_size: int | None = _flag(None, "side in pixels; default: the model's own")
     level: int | None = _flag(
-        None, "which feature map Grad-CAM reads: -1 the deepest, -2 the one before ...; default: the usual"
+        None, "of a classifier: which feature map Grad-CAM reads, -1 for the deepest, -2 ...; default: the usual"
     )
     measures: bool = _flag(True, "measure how far attention and features reach, and how alike the branches are")
     evaluate: str | None = _flag(None, "data as for evaluate: are the maps right? Deletion, insertion, localisation")

@@ -20,6 +20,7 @@ from chiasm.report.heat_panels import (
     every_map,
     feature_picture,
     heat_scale,
+    overlap,
     panels,
     seen,
     shrunk,
@@ -78,8 +79,8 @@ class ExplanationPage:
         self.count += 1
         for answer in look.answers:
             for found, sums in ((answer.explanation, self._overlaps), (answer.uncoupled, self._off)):
-                if found is not None and found.overlap is not None:
-                    sums.append(found.overlap)
+                if found is not None and (shared := overlap(found)) is not None:
+                    sums.append(shared)
         if len(self._images) < SHOWN:
             self._images.append((_title(look), _image(look, image)))
 

@@ -67,6 +67,13 @@ def resized(explanation: Explanation, size: tuple[int, int]) -> Explanation:
     return replace(explanation, size=size, region=scaled(explanation.region), box=box)
 
 
+def overlap(explanation: Explanation) -> float | None:
+    """How far the branches look at the same places, as panels show it: that of a large image is not worked out."""
+    scale = SIDE / max(explanation.size)
+    height, width = (max(1, round(length * scale)) for length in explanation.size)
+    return resized(explanation, (height, width)).overlap
+
+
 def panels(image: Image.Image, explanation: Explanation, side: int = SIDE) -> list[Panel]:
     """The image, what each branch looked at, and of two branches both fused and where they disagree.
 

@@ -131,6 +131,7 @@ def _explanations_table(result: ExplainResult) -> Table:
     from rich.text import Text
 
     from chiasm.report.evaluation import tail
+    from chiasm.report.heat_panels import overlap
 
     table = Table(box=None, pad_edge=False)
     branches = result.branches if len(result.branches) > 1 else ()
@@ -143,7 +144,7 @@ def _explanations_table(result: ExplainResult) -> Table:
             found, off = answer.explanation, answer.uncoupled
             cells = [_share(found.scores.get(name)) for name in ("model", *branches)]
             if branches:
-                cells += [_share(found.overlap), _share(None if off is None else off.overlap)]
+                cells += [_share(overlap(found)), _share(None if off is None else overlap(off))]
             table.add_row(*map(Text, (tail(image.source), found.subject, *cells)))
     return table
 
@@ -224,7 +225,10 @@ class _Work:
             for name, explainer in explainers.items()
             if not explainer.info.trained
         ]
-        if self._explainer.info.task == "classify" and config.top != ExplainConfig.top:
+        task = self._explainer.info.task
+        if task != "classify" and config.level is not None:
+            raise ChiasmError("--level is for classifiers: maps of objects and regions are made of every stage.")
+        if task == "classify" and config.top != ExplainConfig.top:
             raise ChiasmError(f"--top is for detectors and segmenters; {config.model} has one answer for an image.")
         for content in self.notes:
             _log.warning("%s", content)
