@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Security
@@ -44,7 +44,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def key_check(key: str | None) -> Callable[..., None]:
+def key_check(key: str | None) -> Callable[..., Awaitable[None]]:
     """A dependency of FastAPI's that lets requests with this key pass; without a key, all."""
 
     async def check(

@@ -173,7 +173,7 @@ def _answers(service: Service) -> APIRouter:
             return await service.explain(request, served, entry, label, top, render)
 
     @router.get(
-        "/models", summary="The models here", responses={200: {"model": schemas.ModelList}, **schemas.errors(503)}
+        "/v1/models", summary="The models here", responses={200: {"model": schemas.ModelList}, **schemas.errors(503)}
     )
     async def models() -> Response:
         with service.accepted():
