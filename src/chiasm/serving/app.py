@@ -125,7 +125,8 @@ def _answers(service: Service) -> APIRouter:
                     return result_picture(result, to_pillow(read_image(upload.data, name=upload.name)), top)
                 return result_json(result, answered.size, top=top, overlay=overlay)
 
-            rendered = await service.predict(request, served, entry, render)
+            light = served.info.task == "classify" and not drawn
+            rendered = await service.predict(request, served, entry, render, light=light)
             failures = [one for one in rendered if isinstance(one, Refusal)]
             if len(failures) == len(rendered):
                 raise failures[0]

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,7 @@ class Job:
         group: only images of one group share a batch: the model they are for.
         order: the request.
         index: which of its images this is.
-        prepare: makes of it, in a decoding thread, what the model's thread takes; raises `Refusal`.
+        prepare: makes of it, in a decoding thread, what the model's thread takes; raises `Refusal`. None when done.
         ready: what came of that.
         weight: pixels of the image: results have its size.
     """
@@ -219,15 +220,16 @@ class Batcher:
 
     def _prepare(self, lane: Lane, job: Job) -> None:
         failure: Refusal | None = None
+        prepare, job.prepare = job.prepare, None
         try:
-            if not job.order.dropped and job.prepare:
-                job.ready = job.prepare(job)
+            if prepare is not None and not job.order.dropped:
+                job.ready = prepare(job)
         except Refusal as error:
             failure = error.with_traceback(None)
         except Exception:
             _log.exception("decoding failed")
             failure = broken()
-        job.prepare = None  # and the bytes that it holds
+        del prepare  # and the bytes that it holds
         with self._changed:
             self._coming -= 1
             if failure is None and not job.order.dropped:
@@ -288,4 +290,5 @@ def _deliver(jobs: Sequence[Job], outcomes: Sequence[Outcome], batch: int) -> No
         for order, index, outcome in filled:
             order.fill(index, outcome, batch)
 
-    jobs[0].order.loop.call_soon_threadsafe(fill)
+    with suppress(RuntimeError):  # the loop has been closed: nobody waits
+        jobs[0].order.loop.call_soon_threadsafe(fill)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import FrameType
@@ -27,6 +28,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._tell: Callable[[], None] | None = tell
+        self._stopping: float | None = None  # since when
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not uvicorn's, which sends the signal again at the end: a server that was told to stop has done well.
@@ -38,8 +40,11 @@ class Server(uvicorn.Server):
         if self._tell and self._service.state == "ready":
             self._tell()
             self._tell = None
-        if self._service.state == "stopping" and not self._service.active:
-            self.should_exit = True
+        if self._service.state == "stopping":
+            self._stopping = self._stopping or time.monotonic()
+            # Who is still sending an image after the time in which one is answered is not waited for.
+            late = time.monotonic() - self._stopping > self._service.limits.seconds
+            self.should_exit = self.should_exit or late or not self._service.active
         return await super().on_tick(counter)
 
 
@@ -96,8 +101,10 @@ def serve_until_stopped(
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            http="h11",  # the one that bounds the length of headers
             ws="none",
             timeout_keep_alive=30,
+            timeout_graceful_shutdown=5,
             h11_max_incomplete_event_size=64 << 10,
         ),
         service,
@@ -111,3 +118,5 @@ def serve_until_stopped(
         service.stop()
         opened.close()
         stop_logging(handler)
+    if service.failure is not None:
+        raise service.failure

@@ -29,7 +29,6 @@ T = TypeVar("T")
 
 MOST_IMAGES = 64  # of one request
 EXPLANATIONS = 8  # that may wait
-MASKED = 100  # objects that a detector finds in an image at most, each with a mask of the image's size
 
 
 class _Ready(NamedTuple):
@@ -57,6 +56,7 @@ class Service:
     Attributes:
         state: 'starting', 'ready', then 'stopping'.
         active: requests that were accepted and are not answered.
+        failure: why it could not start.
     """
 
     def __init__(self, models: Models, config: ServeConfig) -> None:
@@ -71,6 +71,7 @@ class Service:
         )
         self.state = "starting"
         self.active = 0
+        self.failure: Exception | None = None
         self._timeout = config.timeout
         self._held = Held(self.limits.held)
         self._rooms = {
@@ -89,11 +90,15 @@ class Service:
         )
 
     def start(self) -> None:
-        """Start the threads; `state` is 'ready' once every model has answered for the first time."""
+        """Start the threads; `state` is 'ready' once every model has answered for the first time, or 'stopping' with a
+        `failure`."""
 
         def warm_up() -> None:
-            for served in self.models:
-                served.warm_up()
+            try:
+                for served in self.models:
+                    served.warm_up()
+            except Exception as error:
+                self.failure, self.state = error, "stopping"
             if self.state == "starting":
                 self.state = "ready"
 
@@ -129,7 +134,7 @@ class Service:
             held.give_back()
 
     async def predict(
-        self, request: Request, served: Served, entry: Entry, render: Callable[..., T]
+        self, request: Request, served: Served, entry: Entry, render: Callable[..., T], *, light: bool
     ) -> list[T | Refusal]:
         """The images of a request, answered.
 
@@ -137,7 +142,8 @@ class Service:
             request: its body is read here.
             served: the model.
             entry: is told how many images there are, and of their batches.
-            render: what becomes of an image's `Answered` and `Upload`; done in a decoding thread.
+            render: what becomes of an image's `Answered` and `Upload`.
+            light: whether that is quickly done; otherwise a decoding thread does it.
 
         Raises:
             Refusal: as `read_uploads`; 429 where the queue is full, 504 after the timeout.
@@ -150,10 +156,13 @@ class Service:
                 request, "predict", served, entry, [partial(self._look, served, upload) for upload in uploads]
             )
             self.metrics.answered(served.name, sum(isinstance(outcome, Answered) for outcome in outcomes))
-            return [
-                outcome if isinstance(outcome, Refusal) else await self.aside(render, outcome, upload)
-                for outcome, upload in zip(outcomes, uploads, strict=True)
-            ]
+            rendered: list[T | Refusal] = []
+            for outcome, upload in zip(outcomes, uploads, strict=True):
+                if isinstance(outcome, Refusal):
+                    rendered.append(outcome)
+                else:
+                    rendered.append(render(outcome, upload) if light else await self.aside(render, outcome, upload))
+            return rendered
 
     async def explain(
         self, request: Request, served: Served, entry: Entry, label: str | None, top: int, render: Callable[..., T]
@@ -195,7 +204,8 @@ class Service:
         """How many an image may have: where results hold many masks, what fits into a quarter of the memory."""
         if served.info.task != "instances":
             return self.limits.pixels
-        return min(self.limits.pixels, memory_bytes() // 4 // MASKED)
+        objects = int(served.info.head.get("detections", 100))
+        return min(self.limits.pixels, memory_bytes() // 4 // max(objects, 1))
 
     async def _answer(
         self, request: Request, lane: str, served: Served, entry: Entry, prepares: Sequence[Callable[[Job], Any]]
@@ -206,14 +216,17 @@ class Service:
         start, answered = time.monotonic(), False
         order = Order.of(count)
         entry.images = count
+        jobs = [Job(served, order, index, prepare) for index, prepare in enumerate(prepares)]
         try:
-            for index, prepare in enumerate(prepares):
-                self._batcher.submit(lane, Job(served, order, index, prepare))
+            for job in jobs:
+                self._batcher.submit(lane, job)
             await self._wait(request, order)
             answered = True
             return order.outcomes
         finally:
             order.dropped = not answered
+            for job in jobs:
+                job.prepare = None  # with it goes what was sent, also where the job still stands in a queue
             entry.batches = order.batches
             room.give_back(count, time.monotonic() - start if answered else None)
 
