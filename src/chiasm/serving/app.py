@@ -126,15 +126,19 @@ def _answers(service: Service) -> APIRouter:
                 return result_json(result, answered.size, top=top, overlay=overlay)
 
             light = served.info.task == "classify" and not drawn
-            rendered = await service.predict(request, served, entry, render, light=light)
-            failures = [one for one in rendered if isinstance(one, Refusal)]
-            if len(failures) == len(rendered):
+            answers = await service.predict(request, served, entry, render, light=light)
+            failures = [answer for _, answer in answers if isinstance(answer, Refusal)]
+            if len(failures) == len(answers):
                 raise failures[0]
-            if drawn and len(rendered) > 1:
-                raise Refusal(422, "one_image", f"{len(rendered)} images: one is drawn at a time.")
+            if drawn and len(answers) > 1:
+                raise Refusal(422, "one_image", f"{len(answers)} images: one is drawn at a time.")
             if drawn:
-                return Response(rendered[0], media_type="image/png")
-            return JSONResponse({"model": served.name, "task": served.info.task, "results": rendered})
+                return Response(answers[0][1], media_type="image/png")
+            results = [
+                {"source": name, "error": answer.to_dict()} if isinstance(answer, Refusal) else answer
+                for name, answer in answers
+            ]
+            return JSONResponse({"model": served.name, "task": served.info.task, "results": results})
 
     @router.post(
         "/v1/explain",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from chiasm.data.images import open_image, to_rgb
-from chiasm.errors import ImageError
+from chiasm.errors import ImageError, TooManyPixelsError
 from chiasm.serving.refusals import Refusal
 
 
@@ -21,18 +21,13 @@ def decode(data: bytes, name: str, pixels: int) -> Tensor:
         Refusal: 422 for bytes that are no sound image, or one of more pixels.
     """
     try:
-        image, name = open_image(data, name=name)
+        image, name = open_image(data, name=name, most=pixels)
         with image:
             if image.format == "ICO":  # its header does not bind the sizes of the pictures in it
                 raise ImageError(name, "an icon; send it as PNG.")
-            if image.width * image.height > pixels:
-                raise Refusal(
-                    422,
-                    "too_many_pixels",
-                    f"{name}: {image.width} x {image.height} pixels, at most {pixels:,} are read; scale it down.",
-                )
             return to_rgb(image, name)
     except ImageError as error:
+        code = "too_many_pixels" if isinstance(error, TooManyPixelsError) else "image_unreadable"
         reason = str(error)
     # Not from within: the caught one holds on to the frames, and the file's bytes, it was raised in.
-    raise Refusal(422, "image_unreadable", reason)
+    raise Refusal(422, code, reason)

@@ -135,8 +135,8 @@ class Service:
 
     async def predict(
         self, request: Request, served: Served, entry: Entry, render: Callable[..., T], *, light: bool
-    ) -> list[T | Refusal]:
-        """The images of a request, answered.
+    ) -> list[tuple[str, T | Refusal]]:
+        """The images of a request by name, answered.
 
         Args:
             request: its body is read here.
@@ -156,13 +156,12 @@ class Service:
                 request, "predict", served, entry, [partial(self._look, served, upload) for upload in uploads]
             )
             self.metrics.answered(served.name, sum(isinstance(outcome, Answered) for outcome in outcomes))
-            rendered: list[T | Refusal] = []
+            answers: list[tuple[str, T | Refusal]] = []
             for outcome, upload in zip(outcomes, uploads, strict=True):
-                if isinstance(outcome, Refusal):
-                    rendered.append(outcome)
-                else:
-                    rendered.append(render(outcome, upload) if light else await self.aside(render, outcome, upload))
-            return rendered
+                if isinstance(outcome, Answered):
+                    outcome = render(outcome, upload) if light else await self.aside(render, outcome, upload)
+                answers.append((upload.name, outcome))
+            return answers
 
     async def explain(
         self, request: Request, served: Served, entry: Entry, label: str | None, top: int, render: Callable[..., T]
