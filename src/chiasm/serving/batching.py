@@ -189,12 +189,14 @@ class Batcher:
         import torch
 
         # Decoding threads share the cores among themselves; each sharing out its own work again would only cost time.
-        # The setting is a thread's own, but what a new thread begins with is common: the model's comes last.
+        # The setting is a thread's own, but what a thread begins with, when it first asks, is common: so these have
+        # asked before, and the model's comes last.
         threads = torch.get_num_threads()
         together = threading.Barrier(self._decoders)
 
         def alone() -> None:
             together.wait()
+            torch.get_num_threads()
             torch.set_num_threads(1)
 
         for begun in [self.pool.submit(alone) for _ in range(self._decoders)]:
