@@ -22,6 +22,7 @@ _PUBLIC = {
     "evaluate": "chiasm.verbs.evaluate",
     "predict": "chiasm.verbs.predict",
     "explain": "chiasm.verbs.explain",
+    "serve": "chiasm.verbs.serve",
     "describe": "chiasm.verbs.describe",
     "check_data": "chiasm.verbs.data",
     "weights": "chiasm.verbs.weights",

@@ -384,6 +384,27 @@ class ExplainConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServeConfig(Config):
+    """Serve models over HTTP: a page to drop images on, and an API that answers many at once in batches."""
+
+    models: list[str] = _positional("model files or run folders, or NAME=PATH; the first answers where none is named")
+    host: str = _flag("127.0.0.1", "address to listen at; others than this machine's own need a key")
+    port: int = _flag(8000, "port to listen at; 0 takes any that is free")
+    api_key: str | None = _flag(None, "key that requests must show; better in the variable CHIASM_API_KEY")
+    cors: list[str] = _flag([], "origins whose pages may read the answers, such as https://example.org")
+    batch: int = _flag(16, "images that go through the model at a time, at most")
+    wait_ms: float = _flag(5.0, "how long an idle model waits for images that are being decoded, in milliseconds")
+    queue: int = _flag(256, "images that may wait; more are told to come again (429)")
+    max_mb: float = _flag(20.0, "megabytes of an image as it is sent; a request of several may have four times that")
+    max_megapixels: float = _flag(50.0, "megapixels of an image, read from its header")
+    timeout: float = _flag(30.0, "seconds in which an image is answered or given up (504)")
+    threshold: float = _flag(0.5, "least score of an object where a request names none (detectors)")
+    image_size: int | None = _flag(None, "side in pixels; default: the model's own")
+    quiet: bool = _flag(False, "no line on stderr for each request")
+    device: str = _flag("auto", "auto, cpu, cuda, mps")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
     """Check a data set before training: counts, sizes, broken files, duplicates; with a contact sheet."""
 

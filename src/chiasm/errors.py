@@ -34,6 +34,10 @@ class ImageError(ChiasmError):
         self.reason = reason
 
 
+class TooManyPixelsError(ImageError):
+    """An image that is larger than what is read."""
+
+
 class DataError(ChiasmError):
     """Data that cannot be used for what was asked: a missing path, an empty class, one class only ..."""
 

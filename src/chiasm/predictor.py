@@ -85,6 +85,7 @@ class Predictor:
     Attributes:
         info: architecture, labels, preprocessing (with `image_size` applied), and whether it was trained.
         device: where it runs.
+        look: from a decoded image, uint8 (3, H, W), to what the network takes; any thread may call it.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Predictor:
             _use_branches(model, info.architecture, branches)
         self.info = info
         self.device = choose_device(device)
-        self._look = _look(info, zoom)
+        self.look = _look(info, zoom)
         self.task = make_task(info.task, optimize(model.eval().to(self.device)), info.labels, threshold).eval()
         # bfloat16 is exact enough to decide and twice as fast on GPUs that have it; elsewhere it is slow.
         self._half = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -138,8 +139,8 @@ class Predictor:
         for start in range(0, len(several), batch_size):
             part = several[start : start + batch_size]
             names = [_name(image, start + i) for i, image in enumerate(part)]
-            seen = [self._look(_pixels(image, name)) for image, name in zip(part, names, strict=True)]
-            results += self._answer(seen, names)
+            seen = [self.look(_pixels(image, name)) for image, name in zip(part, names, strict=True)]
+            results += self.answer_seen(seen, names)
         return results
 
     def stream(
@@ -177,7 +178,7 @@ class Predictor:
                 good = [(path, seen) for path, seen in read if not isinstance(seen, ImageError)]
                 results: Iterator[Result] = iter(())
                 if good:
-                    results = iter(self._answer([seen for _, seen in good], [path for path, _ in good]))
+                    results = iter(self.answer_seen([seen for _, seen in good], [path for path, _ in good]))
                 del good
                 outcomes = [item if isinstance(item, ImageError) else next(results) for _, item in read]
                 del read
@@ -210,7 +211,12 @@ class Predictor:
                     raise _damaged(self.info, f"its output ({name})")
             return self.task.decode(outputs, sources, placements)
 
-    def _answer(self, seen: Sequence[Seen], sources: Sequence[str]) -> list[Any]:
+    def answer_seen(self, seen: Sequence[Seen], sources: Sequence[str]) -> list[Any]:
+        """Images that `look` has prepared to results named after `sources`, in one batch.
+
+        Raises:
+            ModelFileError: when the model answers with numbers that are not finite.
+        """
         if any(len(placements) > 1 for _, placements in seen):  # the windows of one image are a batch of their own
             return [
                 result
@@ -223,7 +229,7 @@ class Predictor:
 
     def _read(self, image: str | Tensor) -> Seen | ImageError:
         try:
-            return self._look(read_image(image) if isinstance(image, str) else image)
+            return self.look(read_image(image) if isinstance(image, str) else image)
         except ImageError as error:
             # A fresh one: the caught one holds on to the frames, and the file's bytes, it was raised in.
             return ImageError(error.path, error.reason)

@@ -32,7 +32,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from chiasm.errors import DataError, ImageError
+from chiasm.errors import DataError, ImageError, TooManyPixelsError
 
 MAX_PIXELS = 150_000_000
 """Images of more pixels are refused from their header, before anything is decoded (450 MB as RGB)."""
@@ -86,14 +86,21 @@ def read_image(source: str | os.PathLike[str] | bytes, *, name: str | None = Non
         return to_rgb(image, name)
 
 
-def open_image(source: str | os.PathLike[str] | bytes, *, name: str | None = None) -> tuple[Image.Image, str]:
+def open_image(
+    source: str | os.PathLike[str] | bytes, *, name: str | None = None, most: int = MAX_PIXELS
+) -> tuple[Image.Image, str]:
     """Read a file and its header; the pixels are not decoded yet.
+
+    Args:
+        source, name: as for `read_image`.
+        most: pixels that it may have, up to `MAX_PIXELS`.
 
     Returns:
         the Pillow image (its `format`, `mode` and `size` are known) and the name for `to_rgb`.
 
     Raises:
-        ImageError: when there is no such file, it is no image, or it is larger than `MAX_PIXELS`.
+        TooManyPixelsError: when it is larger than `most`.
+        ImageError: when there is no such file, or it is no image.
     """
     if isinstance(source, bytes):
         data, name = source, name or "<bytes>"
@@ -108,14 +115,14 @@ def open_image(source: str | os.PathLike[str] | bytes, *, name: str | None = Non
     except UnidentifiedImageError as error:
         raise ImageError(name, f"not a readable image: {_what_it_is(data)}.") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(name, f"more than {MAX_PIXELS:,} pixels; scale it down or cut it into tiles.") from error
+        raise TooManyPixelsError(name, f"more than {most:,} pixels; scale it down or cut it into tiles.") from error
     except Exception as error:  # Pillow's readers raise whatever a damaged header makes them stumble over.
         raise ImageError(name, f"broken header ({_one_line(error)}); replace or remove the file.") from error
     width, height = image.size
-    if width * height > MAX_PIXELS:
+    if width * height > most:
         image.close()
-        raise ImageError(
-            name, f"{width} x {height} pixels, at most {MAX_PIXELS:,} are read; scale it down or cut it into tiles."
+        raise TooManyPixelsError(
+            name, f"{width} x {height} pixels, at most {most:,} are read; scale it down or cut it into tiles."
         )
     return image, name
 

@@ -28,6 +28,10 @@ from chiasm.config import Preprocess, TrainConfig
 from chiasm.data.placement import cover
 from chiasm.errors import ChiasmError
 
+# How many times as long as wide an image may be for all of its length to be enlarged before its middle is taken: of a
+# line of pixels, enlarged until it is as wide as the network's input, more is thrown away than memory holds.
+_LONGEST = 64
+
 # A training image is kept at most this many times as large as the network's input (shorter side): then crops down to a
 # quarter of its area lose no detail, and memory for the decoded images is bounded.
 _KEEP = 2
@@ -76,6 +80,7 @@ class EvalTransform(Transform):
     """Resize to cover the (size / crop) box, centre crop, normalise."""
 
     def prepare(self, image: Tensor) -> Tensor:
+        image = _middle(image)
         placement = cover((image.shape[-2], image.shape[-1]), self.size, self.crop)
         return F.crop(self._resize(image, *placement.resized), *(-side for side in placement.offset), *self.size)
 
@@ -142,6 +147,14 @@ def eval_transform(preprocess: Preprocess) -> EvalTransform:
         ChiasmError: for a number of channels that images lack.
     """
     return EvalTransform(preprocess)
+
+
+def _middle(image: Tensor) -> Tensor:
+    """The middle of an image that is more than `_LONGEST` times as long as wide, else the image."""
+    height, width = image.shape[-2:]
+    most = _LONGEST * min(height, width)
+    top, left = max(0, (height - most) // 2), max(0, (width - most) // 2)
+    return image[..., top : height - top, left : width - left] if top or left else image
 
 
 # Augmentation runs on Pillow images: RandAugment at 128 px and colour jitter at 512 px take half the time of tensors,
