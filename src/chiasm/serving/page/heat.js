@@ -46,6 +46,8 @@ export async function explain(card, label) {
     if (held) card.heats.querySelector("input:checked, input[type=range]").focus();
   } catch (error) {
     if (signal.aborted || card.asked !== asked) return;
+    if (!(error instanceof Refusal)) console.error(error);
+    hide(card, false);
     card.heats.replaceChildren(failure(error.message, () => explain(card, label), `heat maps of ${card.name}`));
     say(`${card.name}: ${error.message}`);
   }
@@ -53,6 +55,7 @@ export async function explain(card, label) {
 
 /** Take the heat maps away. */
 export function hide(card, focus = true) {
+  card.asked = null; // an answer that is still to come is void
   card.bare();
   card.calm();
   card.mark(null);
