@@ -172,6 +172,7 @@ def test_heat_maps(visit: Callable[..., Page], served: Running, shots: Path) -> 
         expect(heat).to_have_attribute("src", layer)
         expect(heat).to_have_attribute("alt", f"Heat map {name.capitalize()} for {told['subject']}")
     page.screenshot(path=shots / "heat_map.png", full_page=True)
+    expect(card.locator(".heats")).to_contain_text("The network saw the middle of the picture alone.")
     shares = f"They share {_percent(told['overlap'])} of what they look at."
     expect(card.locator(".heats")).to_contain_text(shares)
     # It lies on the picture to the pixel, as strong as the slider says.

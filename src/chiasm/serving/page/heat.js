@@ -64,9 +64,11 @@ export function hide(card, focus = true) {
 }
 
 function show(card, explanations, which) {
-  const { subject, scores, overlap, layers, box } = explanations[which];
+  const { subject, scores, overlap, layers, box, region } = explanations[which];
   const parts = Object.keys(layers).filter((name) => !["fused", "disagreement"].includes(name));
   const names = parts.length > 1 ? Object.keys(layers) : parts; // of one branch, fused is the same again
+  const [left, top, right, bottom] = region;
+  const cut = left > 1 || top > 1 || right < card.width - 1 || bottom < card.height - 1;
   const heat = card.part(".heat");
   const note = make("p", { class: "muted" });
   const scale = make("div", { class: "ramp muted" });
@@ -80,6 +82,7 @@ function show(card, explanations, which) {
     note.textContent = WORDS[name] ?? "";
     if (two) note.append(` They share ${percent(overlap)} of what they look at.`);
     else if (parts.length > 1 && name in scores) note.append(` It gives ${subject} ${percent(scores[name])}.`);
+    if (cut) note.append(" The network saw the middle of the picture alone.");
     scale.replaceChildren(low, make("i", { class: two ? "two" : null, "aria-hidden": "true" }), high);
   };
 
