@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not here (
 
 ASK = "What did each branch see?"
 LIMITS = {"max_mb": 0.2, "max_megapixels": 0.25}
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 320, "height": 640}
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +406,14 @@ def test_a_server_that_does_not_answer(visit: Callable[..., Page]) -> None:
     page.context.set_offline(False)
     card.get_by_role("button", name="Try again").click()
     expect(card.locator(".votes")).to_be_visible()
+    page.context.set_offline(True)
+    card.get_by_role("button", name=ASK).click()
+    again = card.get_by_role("button", name="Try again: heat maps of basket.png")
+    expect(again).to_be_focused()
+    expect(card.locator(".verdict")).to_be_visible()  # the answer stays
+    page.context.set_offline(False)
+    again.press("Enter")
+    expect(card.locator(".heat")).to_be_visible()
 
 
 def test_a_busy_server_is_given_time(visit: Callable[..., Page], tmp_path: Path) -> None:

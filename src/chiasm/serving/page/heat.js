@@ -49,6 +49,7 @@ export async function explain(card, label) {
     if (!(error instanceof Refusal)) console.error(error);
     hide(card, false);
     card.heats.replaceChildren(failure(error.message, () => explain(card, label), `heat maps of ${card.name}`));
+    if (held) card.heats.querySelector("button").focus();
     say(`${card.name}: ${error.message}`);
   }
 }
