@@ -170,9 +170,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         with server(options.models, log) as url:
             names = [model["name"] for model in httpx.get(f"{url}/v1/models").json()["models"]]
-            first = [
-                httpx.post(f"{url}/v1/predict", params={"model": name}, content=images[0]).json() for name in names
-            ]
+            asked = [httpx.Request("POST", f"{url}/v1/predict?model={name}", content=images[0]) for name in names]
+            with httpx.Client(timeout=60) as client:
+                first = [client.send(request).json() for request in asked]
             memory, start = [resident(url)], time.perf_counter()
             counts["images changed"] = mutated(url, names, images, options.requests - 2 * third, chance)
             memory.append(resident(url))

@@ -40,14 +40,14 @@ DEVICE = torch.device("cpu")
 
 
 def plain(model: str, batch: int, pipe: Connection) -> None:
-    """A process: for each list of paths the seconds that the predictor takes for them."""
+    """A process: for each list of paths the seconds that the predictor takes for them, and of all cores together."""
     from chiasm.predictor import load
 
     predictor = load(model, device=str(DEVICE))
     while paths := pipe.recv():
-        start = time.perf_counter()
+        start, own = time.perf_counter(), time.process_time()
         count = sum(1 for _ in predictor.stream(paths, batch_size=batch))
-        pipe.send(time.perf_counter() - start)
+        pipe.send((time.perf_counter() - start, time.process_time() - own))
         assert count == len(paths)
 
 
@@ -130,18 +130,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for number in range(options.rounds):
             rate = product()
             here.send(paths)
-            alone = here.recv()
+            alone, alone_cpu = here.recv()
+            cpu = metric(port, "process_cpu_seconds_total")
             batches = metric(port, 'chiasm_batch_images_count{lane="predict"}')
             own, start = time.process_time(), time.perf_counter()
             answers = asyncio.run(ask(port, bodies, options.at_once))
             seconds = time.perf_counter() - start
             own = time.process_time() - own
             batches = metric(port, 'chiasm_batch_images_count{lane="predict"}') - batches
+            cpu = metric(port, "process_cpu_seconds_total") - cpu
             memory.append(metric(port, "process_resident_memory_bytes"))
             rounds.append(
                 {
                     "plain_seconds": alone,
                     "server_seconds": seconds,
+                    "plain_cpu_seconds": alone_cpu,
+                    "server_cpu_seconds": cpu,
                     "client_cpu_seconds": own,
                     "images_per_batch": len(paths) / max(batches, 1),
                     "status": dict(Counter(str(status) for status, _ in answers)),
@@ -183,7 +187,10 @@ def table(study: dict[str, Any]) -> str:
     served, alone = (
         statistics.median(count / one[key] for one in rounds) for key in ("server_seconds", "plain_seconds")
     )
-    client = sum(one["client_cpu_seconds"] for one in rounds) / sum(one["server_seconds"] for one in rounds)
+    images = count * len(rounds)
+    cpu = {
+        who: 1e3 * sum(one[f"{who}_cpu_seconds"] for one in rounds) / images for who in ("server", "plain", "client")
+    }
     rows = {
         "requests": f"{len(took):,}, {study['at_once']} at a time, {study['images']:,} different images",
         "answered": ", ".join(f"{number:,} with {code}" for code, number in sorted(status.items())),
@@ -191,7 +198,8 @@ def table(study: dict[str, Any]) -> str:
         "throughput of the server": f"{served:.1f} images/s (median of {len(rounds)} rounds)",
         "throughput of the predictor": f"{alone:.1f} images/s",
         "server over predictor": f"{statistics.median(ratios):.1%} ({min(ratios):.1%} to {max(ratios):.1%})",
-        "of one core, for the client": f"{client:.1%}",
+        "processor time of an image": f"{cpu['server']:.1f} ms in the server, {cpu['plain']:.1f} ms in the predictor, "
+        f"{cpu['client']:.1f} ms in the client",
         "images in a batch": f"{statistics.mean(one['images_per_batch'] for one in rounds):.1f}",
         "latency": f"p50 {1e3 * quantile(took, 0.5):.0f} ms, p99 {1e3 * quantile(took, 0.99):.0f} ms, "
         f"longest {1e3 * max(took):.0f} ms",

@@ -394,6 +394,24 @@ def test_the_log_names_no_file_and_holds_no_image(files: dict[str, str], capsys:
     assert (third["status"], third["path"]) == (404, "other")
 
 
+def test_a_mistake_of_the_servers_own_is_one_answer_and_one_line(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(Served("fruit", files["fruit"], device="cpu")) as server:
+        predictor = server.service.models.get(None).predictor
+        for broken, name in ((predictor, "answer_seen"), (predictor, "look"), (server.service, "limits")):
+            with monkeypatch.context() as during:
+                during.setattr(broken, name, None)
+                answer = _post(server, picture())
+                assert _error(answer) == (500, "internal")
+                assert answer.headers["x-content-type-options"] == "nosniff"
+            assert _post(server, picture()).status_code == 200
+        assert 'chiasm_requests_total{path="/v1/predict",status="500"} 3.0' in server.client.get("/metrics").text
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["event"] for line in lines] == ["the model failed", "decoding failed", "a request failed"]
+    assert all(line["level"] == "error" and "Error" in line["traceback"] for line in lines)
+
+
 # ---------------------------------------------------------------------------------------------------------------- keys
 
 
@@ -410,7 +428,7 @@ def test_a_key_is_asked_for(files: dict[str, str]) -> None:
                 assert server.client.get(path, headers=encoded).status_code == 401  # type: ignore[arg-type]
             assert server.client.get(path, headers={"X-API-Key": "open-sesame"}).status_code == 200
             assert server.client.get(path, headers={"Authorization": "Bearer open-sesame"}).status_code == 200
-        assert _error(_post(server, picture())) == (401, "key")
+        assert _error(_post(server, picture(), top=0)) == (401, "key")
 
 
 def test_no_network_without_a_key() -> None:

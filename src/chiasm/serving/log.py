@@ -8,8 +8,8 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-# Requests; what goes wrong within uvicorn comes out of the same lines.
-LOGGERS = ("chiasm.serve", "uvicorn.error")
+# Requests; what goes wrong within uvicorn, and what libraries warn of, comes out of the same lines.
+LOGGERS = ("chiasm.serve", "uvicorn.error", "py.warnings")
 
 
 class Lines(logging.Formatter):
@@ -19,7 +19,7 @@ class Lines(logging.Formatter):
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            "event": record.getMessage(),
+            "event": " ".join(record.getMessage().split()),
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
@@ -29,6 +29,7 @@ class Lines(logging.Formatter):
 
 def log_to_stderr(*, quiet: bool) -> logging.Handler:
     """Send the server's lines to stderr; with `quiet` warnings and errors alone. `stop_logging` undoes it."""
+    logging.captureWarnings(True)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())
     for name in LOGGERS:
@@ -41,6 +42,7 @@ def log_to_stderr(*, quiet: bool) -> logging.Handler:
 
 def stop_logging(handler: logging.Handler) -> None:
     """Leave the loggers as they were found."""
+    logging.captureWarnings(False)
     for name in LOGGERS:
         logger = logging.getLogger(name)
         logger.removeHandler(handler)
