@@ -1,5 +1,5 @@
-// Small pieces of a page, and numbers as people read them. Styles are set through the CSSOM, text through text nodes, so
-// that the strictest Content-Security-Policy holds and no name of a file or class is ever read as HTML.
+// Small pieces of a page, and numbers as people read them. Styles are set through the CSSOM, text through text nodes:
+// the strictest Content-Security-Policy holds and no name of a file or class is ever read as HTML.
 
 export const at = (id) => document.getElementById(id);
 

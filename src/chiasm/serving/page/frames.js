@@ -2,7 +2,7 @@
 
 import { make, set } from "./dom.js";
 
-/** Frame objects ({box, colour, index}), as vector graphics in pixels of the image; the one that is `lit` stands out. */
+/** Frame objects ({box, colour, index}), in pixels of the image; the one that is `lit` stands out. */
 export function outline(card, objects, lit = null) {
   const boxes = card.part(".boxes");
   boxes.setAttribute("viewBox", `0 0 ${card.width} ${card.height}`);

@@ -46,13 +46,17 @@ export async function explain(card, label) {
     if (held) card.heats.querySelector("input:checked, input[type=range]").focus();
   } catch (error) {
     if (signal.aborted || card.asked !== asked) return;
+    if (!(error instanceof Refusal)) console.error(error);
+    hide(card, false);
     card.heats.replaceChildren(failure(error.message, () => explain(card, label), `heat maps of ${card.name}`));
+    if (held) card.heats.querySelector("button").focus();
     say(`${card.name}: ${error.message}`);
   }
 }
 
 /** Take the heat maps away. */
 export function hide(card, focus = true) {
+  card.asked = null; // an answer that is still to come is void
   card.bare();
   card.calm();
   card.mark(null);
@@ -61,9 +65,11 @@ export function hide(card, focus = true) {
 }
 
 function show(card, explanations, which) {
-  const { subject, scores, overlap, layers, box } = explanations[which];
+  const { subject, scores, overlap, layers, box, region } = explanations[which];
   const parts = Object.keys(layers).filter((name) => !["fused", "disagreement"].includes(name));
   const names = parts.length > 1 ? Object.keys(layers) : parts; // of one branch, fused is the same again
+  const [left, top, right, bottom] = region;
+  const cut = left > 1 || top > 1 || right < card.width - 1 || bottom < card.height - 1;
   const heat = card.part(".heat");
   const note = make("p", { class: "muted" });
   const scale = make("div", { class: "ramp muted" });
@@ -77,6 +83,7 @@ function show(card, explanations, which) {
     note.textContent = WORDS[name] ?? "";
     if (two) note.append(` They share ${percent(overlap)} of what they look at.`);
     else if (parts.length > 1 && name in scores) note.append(` It gives ${subject} ${percent(scores[name])}.`);
+    if (cut) note.append(" The network saw the middle of the picture alone.");
     scale.replaceChildren(low, make("i", { class: two ? "two" : null, "aria-hidden": "true" }), high);
   };
 

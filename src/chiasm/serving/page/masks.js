@@ -1,6 +1,6 @@
 // Masks as the API sends them (COCO's compressed run lengths), decoded and painted.
 
-/** Lengths of runs, background first: digits of base 32, lowest first; from the fourth on, differences to the last but one. */
+/** Lengths of runs, background first: digits of base 32, lowest first; from the fourth on less the last but one. */
 function runsOf(text) {
   const runs = [];
   for (let place = 0; place < text.length; ) {
@@ -16,8 +16,8 @@ function runsOf(text) {
 }
 
 /**
- * A layer over a picture of width x height pixels that knows of each of its own which thing ({mask, index}) is there, -1
- * for none; later things lie on top. It is smaller by a whole factor where the picture has more than `finest` a side.
+ * A layer over a picture of width x height pixels that knows which thing ({mask, index}) is where, -1 for none; later
+ * things lie on top. It is smaller by a whole factor where the picture has more than `finest` pixels a side.
  */
 export function layerOf(things, width, height, finest = 1600) {
   const step = Math.ceil(Math.max(width, height) / finest);
@@ -41,7 +41,7 @@ export function layerOf(things, width, height, finest = 1600) {
   return { owner, across, at: (x, y) => owner[Math.floor(y / step) * across + Math.floor(x / step)] };
 }
 
-/** Paint a layer: things in `colours` ('#rrggbb'), edges opaque, `inner` (0..255) within; all, or the one that is `lit`. */
+/** Paint a layer in `colours` ('#rrggbb'), edges opaque, `inner` (0..255) within: all things, or the one `lit`. */
 export function paint(canvas, { owner, across }, colours, inner, lit) {
   const down = owner.length / across;
   Object.assign(canvas, { width: across, height: down });
