@@ -41,8 +41,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def here(files: dict[str, str]) -> Iterator[Running]:
-    models = [Served(name, path, device="cpu") for name, path in files.items()]
+def models(files: dict[str, str]) -> list[Served]:
+    return [Served(name, path, device="cpu") for name, path in files.items()]
+
+
+@pytest.fixture(scope="module")
+def here(models: list[Served]) -> Iterator[Running]:
     with running(*models, max_mb=0.2, max_megapixels=0.5, cors=("https://example.org",)) as server:
         yield server
 
@@ -378,8 +382,8 @@ def test_metrics(here: Running) -> None:
     assert "process_resident_memory_bytes" in text
 
 
-def test_the_log_names_no_file_and_holds_no_image(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    with running(Served("fruit", files["fruit"], device="cpu"), quiet=False) as server:
+def test_the_log_names_no_file_and_holds_no_image(models: list[Served], capsys: pytest.CaptureFixture[str]) -> None:
+    with running(models[0], quiet=False) as server:
         server.client.post("/v1/predict", files={"images": ("secret.png", picture())})
         server.client.post("/v1/predict", files={"images": ("secret.png", b"broken")})
         server.client.get("/secret.png")
@@ -395,9 +399,9 @@ def test_the_log_names_no_file_and_holds_no_image(files: dict[str, str], capsys:
 
 
 def test_a_mistake_of_the_servers_own_is_one_answer_and_one_line(
-    files: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    models: list[Served], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with running(Served("fruit", files["fruit"], device="cpu")) as server:
+    with running(models[0]) as server:
         predictor = server.service.models.get(None).predictor
         for broken, name in ((predictor, "answer_seen"), (predictor, "look"), (server.service, "limits")):
             with monkeypatch.context() as during:
@@ -415,8 +419,8 @@ def test_a_mistake_of_the_servers_own_is_one_answer_and_one_line(
 # ---------------------------------------------------------------------------------------------------------------- keys
 
 
-def test_a_key_is_asked_for(files: dict[str, str]) -> None:
-    with running(Served("fruit", files["fruit"], device="cpu"), key="open sesame".replace(" ", "-")) as server:
+def test_a_key_is_asked_for(models: list[Served]) -> None:
+    with running(models[0], key="open sesame".replace(" ", "-")) as server:
         for path in ("/health", "/ready", "/", "/page/page.js"):
             assert server.client.get(path).status_code == 200, path
         for path in ("/v1/models", "/metrics", "/openapi.json"):

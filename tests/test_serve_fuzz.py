@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from io import BytesIO
 
-import httpx
 import numpy as np
 import pytest
 import schemathesis
@@ -25,7 +24,7 @@ from chiasm.serving.served import Served
 from running_server import Running, classifier, finder, picture, running
 
 _QUICK = settings(
-    max_examples=40,
+    max_examples=30,
     deadline=None,
     database=None,
     derandomize=True,
@@ -105,7 +104,7 @@ def test_damaged_images(server: Running, path: str) -> None:
     """Each is answered, or refused by name."""
     codes: set[str] = set()
 
-    @_QUICK
+    @settings(_QUICK, max_examples=12 if "explain" in path else 30)
     @given(images=st.lists(mutated(), min_size=1, max_size=3), form=st.booleans())
     def check(images: list[bytes], form: bool) -> None:
         if form:
