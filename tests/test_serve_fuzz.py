@@ -135,7 +135,7 @@ def _forms(server: Running, data: bytes, kind: str, cut: int) -> None:
     part = (
         b'--b\r\nContent-Disposition: form-data; name="images"; filename="\xff.png"\r\n\r\n' + data + b"\r\n--b--\r\n"
     )
-    answer = httpx.post(f"{server.url}/v1/predict", content=part[:cut] + data, headers={"Content-Type": kind})
+    answer = server.client.post("/v1/predict", content=part[:cut] + data, headers={"Content-Type": kind})
     assert answer.status_code == 422
     schemas.Error.model_validate(answer.json())
 
