@@ -109,6 +109,8 @@ def test_everything_of_a_coupled_model(
         assert all(arrays[name].ndim == 3 for name in features)
     about = json.loads(str(arrays["about"]))
     assert [one["prefix"] for one in about] == ["", "uncoupled/"]
+    assert about[0]["size"] == [44, 36]
+    assert 0 < about[0]["overlap"] < 1
     assert about[0]["subject"] in LABELS
     assert about[0]["label"] == about[1]["label"] == LABELS.index(about[0]["subject"])
 
