@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def _save(path: Path, architecture: str = NANO, size: int = 32, **model_args: ob
 
 def _dense(path: Path, task: str, head: str) -> str:
     torch.manual_seed(0)
-    options = {"name": head, "channels": 64} | ({"threshold": 0.0} if task == "detect" else {})
+    options: dict[str, Any] = {"name": head, "channels": 64} | ({"threshold": 0.0} if task == "detect" else {})
     model = with_head(chiasm.create_model(NANO, num_classes=0), 3, task=task, architecture=NANO, **options)
     info = ModelInfo(
         architecture=NANO, task=task, head=options, labels=LABELS[:3], preprocess=Preprocess(size=(64, 64))
