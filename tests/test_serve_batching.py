@@ -139,19 +139,48 @@ def test_the_wait_ends() -> None:
         bench.loop.close()
 
 
-def test_one_batch_is_of_one_model_and_of_so_many_pixels(bench: _Bench) -> None:
+def test_one_batch_is_of_one_model(bench: _Bench) -> None:
     held = bench.hold()
     orders = [bench.order("a1")]
     bench.waiting(1)
     orders += [bench.order("b1", group="b"), bench.order("a2"), bench.order("b2", group="b")]
     bench.waiting(4)
-    orders += [bench.order(lane, group="c", weight=60) for lane in ("c1", "c2")]
-    orders.append(bench.order("c3", group="c", weight=1000))
-    bench.waiting(7)
     bench.model.go.set()
     for order in [held, *orders]:
         bench.outcomes(order)
-    assert sorted(map(sorted, bench.model.batches[1:])) == [["a1", "a2"], ["b1", "b2"], ["c1"], ["c2"], ["c3"]]
+    assert sorted(map(sorted, bench.model.batches[1:])) == [["a1", "a2"], ["b1", "b2"]]
+
+
+def test_results_in_memory_are_of_so_many_pixels(bench: _Bench) -> None:
+    """What was answered counts until it is given out; what is too large for all is let through alone."""
+    bench.hold()
+    orders = [bench.order(i, weight=weight) for i, weight in enumerate((60, 30, 20))]
+    bench.waiting(3)
+    huge = bench.order("huge", weight=1000)
+    bench.waiting(4)
+    bench.model.go.set()
+    first = [order for order in orders if order.done.done() or bench.loop.run_until_complete(_soon(order))]
+    batch = bench.model.batches[1]
+    assert sum((60, 30, 20)[i] for i in batch) <= 100
+    assert len(first) == len(batch) < 3
+    for order in first:
+        bench.batcher.release("predict", order)
+    for order in orders:
+        bench.outcomes(order)
+        if order not in first:
+            bench.batcher.release("predict", order)
+    assert bench.outcomes(huge) == [("huge", 1)]
+    dropped = bench.order("dropped", weight=50)
+    bench.waiting(1)  # not even one goes beside the huge one
+    dropped.dropped = True
+    bench.batcher.release("predict", dropped)
+    bench.batcher.release("predict", huge)
+    assert bench.outcomes(bench.order("last", weight=100)) == [("last", 1)]
+
+
+async def _soon(order: Order) -> bool:
+    await asyncio.wait([order.done], timeout=0.3)
+    return order.done.done()
 
 
 def test_explanations_and_predictions_take_turns(bench: _Bench) -> None:
@@ -219,7 +248,8 @@ def test_room_is_bounded_and_says_when() -> None:
     with pytest.raises(Refusal) as refused:
         room.take(3)
     assert (refused.value.status, refused.value.retry_after) == (429, 1)
-    room.give_back(8, seconds=100.0)
+    room.learn(100.0)
+    room.give_back(8)
     room.take(10)
     with pytest.raises(Refusal) as refused:
         room.check(1)

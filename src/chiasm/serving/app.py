@@ -235,7 +235,7 @@ def _conditions(service: Service, keyed: Any) -> APIRouter:
 def _page() -> APIRouter:
     """The page and its files; names that are not its files' are no paths."""
     router = APIRouter(include_in_schema=False)
-    files = {path.name: path for path in sorted(PAGE.iterdir()) if path.suffix in _TYPES} if PAGE.is_dir() else {}
+    files = {path.name: path for path in sorted(PAGE.iterdir()) if path.suffix in _TYPES}
     fresh = {"Cache-Control": "no-cache"}
 
     @router.get("/")

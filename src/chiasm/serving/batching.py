@@ -58,6 +58,8 @@ class Order:
         outcomes: per image its outcome, complete when `done` is.
         dropped: nobody waits for it any more: what is left of it is passed over.
         batches: of each image the number of images that went through the model with it.
+        weight: of its images that the model has taken.
+        released: their results are given out, or nobody wants them.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -66,6 +68,8 @@ class Order:
     left: int
     dropped: bool = False
     batches: list[int] = field(default_factory=list)
+    weight: int = 0
+    released: bool = False
 
     @classmethod
     def of(cls, count: int) -> Order:
@@ -112,10 +116,12 @@ class Room:
         self.check(count)
         self.taken += count
 
-    def give_back(self, count: int, seconds: float | None = None) -> None:
-        """Free what was taken; `seconds` is how long the answer took, where there was one."""
-        if seconds is not None:
-            self.seconds_each += 0.05 * (seconds / max(self.taken, 1) - self.seconds_each)
+    def learn(self, seconds: float) -> None:
+        """Note how long an answer took; to be called before its room is given back."""
+        self.seconds_each += 0.05 * (seconds / max(self.taken, 1) - self.seconds_each)
+
+    def give_back(self, count: int) -> None:
+        """Free what was taken."""
         self.taken -= count
 
 
@@ -125,7 +131,8 @@ class Lane:
     Args:
         answer: what the model's thread does with some of one group: an outcome for each.
         most: images at a time.
-        weight: pixels at a time, where there are more than one image.
+        weight: pixels of images whose results may be in memory, from the model's beginning to `Batcher.release`; an
+            image of more goes alone.
     """
 
     def __init__(self, answer: Callable[[Sequence[Job]], list[Outcome]], most: int, weight: int) -> None:
@@ -133,31 +140,42 @@ class Lane:
         self.most = most
         self.waiting: deque[Job] = deque()
         self._weight = weight
+        self._out = 0  # of that, now
 
     def forget_dropped(self) -> None:
         """Pass over what nobody waits for."""
         if any(job.order.dropped for job in self.waiting):
             self.waiting = deque(job for job in self.waiting if not job.order.dropped)
 
-    def batch(self, take: bool) -> list[Job]:
-        """The next batch: those of the group of the one that came first."""
+    def batch(self) -> list[Job]:
+        """The next batch: those of the group of the one that came first; empty while results fill the memory."""
         batch: list[Job] = []
-        weight = 0
+        weight = self._out
         for job in self.waiting:
             if job.group is not self.waiting[0].group:
                 continue
             weight += job.weight
-            if batch and (len(batch) == self.most or weight > self._weight):
+            if len(batch) == self.most or (weight > self._weight and weight > job.weight):
                 break
             batch.append(job)
-        if take and batch:
-            taken = set(map(id, batch))
-            self.waiting = deque(job for job in self.waiting if id(job) not in taken)
         return batch
 
-    def is_full(self) -> bool:
+    def take(self, batch: list[Job]) -> None:
+        """Let a batch go."""
+        taken = set(map(id, batch))
+        self.waiting = deque(job for job in self.waiting if id(job) not in taken)
+        for job in batch:
+            if not job.order.released:
+                job.order.weight += job.weight
+                self._out += job.weight
+
+    def release(self, order: Order) -> None:
+        """The results of an order are in memory no more."""
+        self._out -= order.weight
+        order.released = True
+
+    def is_full(self, batch: list[Job]) -> bool:
         """Whether nothing that may come would join the next batch."""
-        batch = self.batch(take=False)
         return len(batch) == self.most or len(batch) < sum(job.group is batch[0].group for job in self.waiting)
 
 
@@ -220,6 +238,12 @@ class Batcher:
             self._coming += 1
         self.pool.submit(self._prepare, self.lanes[lane], job)
 
+    def release(self, lane: str, order: Order) -> None:
+        """Say that what came of an order is no longer in memory; once for each order."""
+        with self._changed:
+            self.lanes[lane].release(order)
+            self._changed.notify()
+
     def _prepare(self, lane: Lane, job: Job) -> None:
         failure: Refusal | None = None
         prepare, job.prepare = job.prepare, None
@@ -246,31 +270,31 @@ class Batcher:
         turn = list(self.lanes)
         while True:
             with self._changed:
-                name = self._next(turn)
-                if name is None:
+                name, batch = self._next(turn)
+                if not batch:
                     return
-                batch = self.lanes[name].batch(take=True)
+                self.lanes[name].take(batch)
             turn.remove(name)
             turn.append(name)
             self._watch(name, len(batch))
             _deliver(batch, self._answer(self.lanes[name], batch), len(batch))
             del batch
 
-    def _next(self, turn: list[str]) -> str | None:
-        """The lane whose turn it is, once it is time; None when stopped. Called and left with the lock held."""
+    def _next(self, turn: list[str]) -> tuple[str, list[Job]]:
+        """The lane whose turn it is and its batch, once it is time; no batch when stopped. Called and left with the
+        lock held."""
         while not self._stopped:
             for lane in self.lanes.values():
                 lane.forget_dropped()
-            name = next((name for name in turn if self.lanes[name].waiting), None)
-            if name is None:
+            name, batch = next(((name, batch) for name in turn if (batch := self.lanes[name].batch())), ("", []))
+            if not batch:
                 self._changed.wait()
                 continue
-            lane = self.lanes[name]
-            left = lane.waiting[0].arrived + self._wait - time.monotonic()
-            if left <= 0 or not self._coming or lane.is_full():
-                return name
+            left = batch[0].arrived + self._wait - time.monotonic()
+            if left <= 0 or not self._coming or self.lanes[name].is_full(batch):
+                return name, batch
             self._changed.wait(left)
-        return None
+        return "", []
 
     def _answer(self, lane: Lane, batch: list[Job]) -> list[Outcome]:
         try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -152,16 +152,15 @@ class Service:
         room.check(1)  # before anything is read
         with self._holding() as held:
             uploads = await read_uploads(request, self.limits, held)
-            outcomes = await self._answer(
-                request, "predict", served, entry, [partial(self._look, served, upload) for upload in uploads]
-            )
-            self.metrics.answered(served.name, sum(isinstance(outcome, Answered) for outcome in outcomes))
-            answers: list[tuple[str, T | Refusal]] = []
-            for outcome, upload in zip(outcomes, uploads, strict=True):
-                if isinstance(outcome, Answered):
-                    outcome = render(outcome, upload) if light else await self.aside(render, outcome, upload)
-                answers.append((upload.name, outcome))
-            return answers
+            looks = [partial(self._look, served, upload) for upload in uploads]
+            async with self._answer(request, "predict", served, entry, looks) as outcomes:
+                self.metrics.answered(served.name, sum(isinstance(outcome, Answered) for outcome in outcomes))
+                answers: list[tuple[str, T | Refusal]] = []
+                for outcome, upload in zip(outcomes, uploads, strict=True):
+                    if isinstance(outcome, Answered):
+                        outcome = render(outcome, upload) if light else await self.aside(render, outcome, upload)
+                    answers.append((upload.name, outcome))
+                return answers
 
     async def explain(
         self, request: Request, served: Served, entry: Entry, label: str | None, top: int, render: Callable[..., T]
@@ -182,11 +181,11 @@ class Service:
                 size = (pixels.shape[1], pixels.shape[2])
                 return lambda: (served.explain(pixels, upload.name, label, top), size)
 
-            (outcome,) = await self._answer(request, "explain", served, entry, [prepare])
-            if isinstance(outcome, Refusal):
-                raise outcome
-            explanations, size = outcome
-            return await self.aside(render, explanations, size, upload)
+            async with self._answer(request, "explain", served, entry, [prepare]) as (outcome,):
+                if isinstance(outcome, Refusal):
+                    raise outcome
+                explanations, size = outcome
+                return await self.aside(render, explanations, size, upload)
 
     async def aside(self, work: Callable[..., T], *args: Any) -> T:
         """Done in a decoding thread, while the event loop goes on."""
@@ -206,13 +205,14 @@ class Service:
         objects = int(served.info.head.get("detections", 100))
         return min(self.limits.pixels, memory_bytes() // 4 // max(objects, 1))
 
+    @asynccontextmanager
     async def _answer(
         self, request: Request, lane: str, served: Served, entry: Entry, prepares: Sequence[Callable[[Job], Any]]
-    ) -> list[Outcome]:
-        """The outcome of every image, once all are there."""
+    ) -> AsyncIterator[list[Outcome]]:
+        """The outcome of every image, once all are there; they are in memory until this is left."""
         room, count = self._rooms[lane], len(prepares)
         room.take(count)
-        start, answered = time.monotonic(), False
+        start = time.monotonic()
         order = Order.of(count)
         entry.images = count
         jobs = [Job(served, order, index, prepare) for index, prepare in enumerate(prepares)]
@@ -220,14 +220,15 @@ class Service:
             for job in jobs:
                 self._batcher.submit(lane, job)
             await self._wait(request, order)
-            answered = True
-            return order.outcomes
+            room.learn(time.monotonic() - start)
+            entry.batches = order.batches
+            yield order.outcomes
         finally:
-            order.dropped = not answered
+            order.dropped = True
             for job in jobs:
                 job.prepare = None  # with it goes what was sent, also where the job still stands in a queue
-            entry.batches = order.batches
-            room.give_back(count, time.monotonic() - start if answered else None)
+            self._batcher.release(lane, order)
+            room.give_back(count)
 
     async def _wait(self, request: Request, order: Order) -> None:
         """For the order's outcomes, as long as the client waits and the time is not up."""
