@@ -21,6 +21,7 @@ _PUBLIC = {
     "compare": "chiasm.verbs.compare",
     "evaluate": "chiasm.verbs.evaluate",
     "predict": "chiasm.verbs.predict",
+    "explain": "chiasm.verbs.explain",
     "serve": "chiasm.verbs.serve",
     "describe": "chiasm.verbs.describe",
     "check_data": "chiasm.verbs.data",

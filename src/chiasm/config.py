@@ -36,6 +36,8 @@ def _required(help: str) -> Any:
 def _positional(help: str, default: Any = MISSING) -> Any:
     """A field that stands first on the command line, without a flag."""
     metadata = {"help": help, "positional": True}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
@@ -357,6 +359,27 @@ class PredictConfig(Config):
     image_size: int | None = _flag(None, "side in pixels; default: the model's own")
     batch_size: int | None = _flag(None, "images at a time; default: 32, of detectors and segmenters 4")
     workers: int | None = _flag(None, "processes that read images; default: from the machine")
+    device: str = _flag("auto", "auto, cpu, cuda, mps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainConfig(Config):
+    """See what each branch looked at: heat maps, feature maps, how far each branch sees; as pictures and a page."""
+
+    model: str = _positional("model file, run folder or architecture's name")
+    images: list[str] = _positional("images: files, folders, globs; not needed with --evaluate", [])
+    out: str = _flag("explained", "folder for index.html, the pictures and the raw maps")
+    label: str | None = _flag(None, "class that is explained; default: of each image what the model says")
+    top: int = _flag(3, "objects (detectors) or classes (segmenters) explained per image")
+    beside: list[str] = _flag([], "further models, for the figure of all images and all branches side by side")
+    image_size: int | None = _flag(None, "side in pixels; default: the model's own")
+    level: int | None = _flag(
+        None, "of a classifier: which feature map Grad-CAM reads, -1 for the deepest, -2 ...; default: the usual"
+    )
+    measures: bool = _flag(True, "measure how far attention and features reach, and how alike the branches are")
+    evaluate: str | None = _flag(None, "data as for evaluate: are the maps right? Deletion, insertion, localisation")
+    split: str = _flag("val", "split of --evaluate")
+    limit: int = _flag(200, "images of --evaluate at most, drawn evenly")
     device: str = _flag("auto", "auto, cpu, cuda, mps")
 
 

@@ -22,7 +22,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -180,17 +180,25 @@ def to_rgb(image: Image.Image, name: str) -> Tensor:
     return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
 
 
-def find_images(patterns: list[str], suffixes: frozenset[str] = SUFFIXES) -> Iterator[str]:
+def find_images(
+    patterns: list[str], suffixes: frozenset[str] = SUFFIXES, *, without: Iterable[str] = ()
+) -> Iterator[str]:
     """The image files that `patterns` name, in order, one at a time (100,000 files cost no memory).
 
     A file is taken as it is, whatever its suffix; so is a path that does not exist, for reading it will name it. A
     folder gives the files in it and below with one of the `suffixes`, sorted, hidden ones left out. Anything else with
     `*`, `?` or `[` is a glob, where `**` spans folders.
 
+    Args:
+        patterns: files, folders and globs.
+        suffixes: of the files that folders and globs give.
+        without: folders of pictures that are written: where they lie somewhere below a pattern, it does not give them.
+
     Raises:
         DataError: on coming to a folder or glob without any image.
     """
     for pattern in patterns:
+        own = {os.path.realpath(folder) for folder in without if not looks_into(pattern, folder)}
         if os.path.isdir(pattern):
             found = walk_images(pattern, suffixes)
         elif not os.path.exists(pattern) and glob.has_magic(pattern):
@@ -199,8 +207,10 @@ def find_images(patterns: list[str], suffixes: frozenset[str] = SUFFIXES) -> Ite
         else:
             found = iter([pattern])
         count = 0
-        for count, path in enumerate(found, start=1):  # noqa: B007
-            yield path
+        for path in found:
+            if path == pattern or os.path.realpath(os.path.dirname(path)) not in own:
+                count += 1
+                yield path
         if not count:
             raise DataError(f"{pattern}: no image files here (looked for {', '.join(sorted(suffixes))}).")
 

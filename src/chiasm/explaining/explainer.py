@@ -262,7 +262,8 @@ class Explainer:
                     torch.zeros_like(attention.weights) if gradient is None else gradient.expand_as(attention.weights)
                     for attention, gradient in zip(attentions, of_attentions, strict=True)
                 ]
-                maps["rollout"] = rollout(attentions, self._taps.reads)
+                if not self._dense:  # it is the same whatever the object
+                    maps["rollout"] = rollout(attentions, self._taps.reads)
                 maps["gradient_rollout"] = gradient_rollout(attentions, full, self._taps.reads, start)
         return {name: values.float().cpu() for name, values in maps.items()}
 

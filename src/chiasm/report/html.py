@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from chiasm.errors import ChiasmError
 from chiasm.report.plots import PALETTE, svg
@@ -126,18 +126,29 @@ def figure(drawing: Figure, caption: str) -> Html:
     )
 
 
-def gallery(pictures: Iterable[Picture], *, side: int = 180, wide: bool = False) -> Html:
+def gallery(pictures: Iterable[Picture], *, side: int = 180, shape: Literal["", "wide", "row"] = "") -> Html:
     """Images with their captions in as many columns as fit; each is embedded as a JPEG of at most `side` pixels.
 
-    `wide` is for pictures beside each other in one: columns of more than double the width.
+    `shape` 'wide' is for pictures beside each other in one: columns of more than double the width. 'row' is for
+    pictures of one size that belong side by side: one row where the screen is wide enough, two columns on a phone.
     """
     inner = "".join(
-        f'<figure><img alt="{escape(picture.lines[0])}" src="{_jpeg(picture.image, side)}"><figcaption>'
+        f"<figure>{embedded(picture.image, picture.lines[0], side=side)}<figcaption>"
         + "".join(f"<{tag}>{escape(line)}</{tag}>" for tag, line in _tagged(picture.lines))
         + "</figcaption></figure>"
         for picture in pictures
     )
-    return Html(f'<div class="gallery{" wide" if wide else ""}">{inner}</div>')
+    return Html(f'<div class="{f"gallery {shape}".strip()}">{inner}</div>')
+
+
+def embedded(image: Image.Image, alt: str, *, side: int = 180) -> Html:
+    """An image as a JPEG of at most `side` pixels, for a cell of a table or beside text."""
+    return Html(f'<img alt="{escape(alt)}" src="{_jpeg(image, side)}">')
+
+
+def heading(content: str) -> Html:
+    """A heading within a section."""
+    return Html(f"<h3>{escape(content)}</h3>")
 
 
 def legend(entries: Iterable[tuple[tuple[int, int, int], str]]) -> Html:
@@ -207,7 +218,8 @@ body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-
 main{max-width:1080px;margin:0 auto;padding:28px 16px 64px}
 header{padding:0 4px 8px}
 h1{font-size:1.7rem;line-height:1.2;margin:0;overflow-wrap:anywhere}
-h2{font-size:1.15rem;margin:0 0 12px}
+h2{font-size:1.15rem;margin:0 0 12px;overflow-wrap:anywhere}
+h3{font-size:1rem;margin:18px 0 8px}
 .subtitle{color:var(--muted);margin:6px 0 0;overflow-wrap:anywhere}
 section{background:var(--panel);border:1px solid var(--line);border-radius:12px;padding:20px;margin-top:16px}
 p{margin:0 0 12px;max-width:75ch;overflow-wrap:anywhere}
@@ -233,8 +245,12 @@ figcaption{color:var(--muted);font-size:.85rem;line-height:1.4;margin-top:6px;ma
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(145px,1fr));gap:16px 12px}
 .gallery img{width:100%;aspect-ratio:1;object-fit:contain;background:var(--page);border-radius:8px;display:block}
 .gallery.wide{grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr))}
-.gallery.wide img{aspect-ratio:auto}
+.gallery.row{display:flex;flex-wrap:wrap;margin-bottom:12px}
+.gallery.row figure{flex:1 1 150px;max-width:240px;margin:0}
+.gallery.wide img,.gallery.row img{aspect-ratio:auto}
+td img{display:block;border-radius:6px;max-width:none}
 .legend span{display:inline-block;margin-right:16px}
+.legend img{height:14px;border-radius:3px;vertical-align:-2px;margin:0 4px}
 .legend i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px}
 .gallery b,.gallery span{display:block;overflow-wrap:anywhere}
 .gallery b{color:var(--ink)}
@@ -243,6 +259,6 @@ summary{cursor:pointer;color:var(--blue);font-weight:600;margin-bottom:8px}
 @media (max-width:520px){main{padding:16px 8px 40px}section{padding:14px}
 table{font-size:.82rem}th,td{padding-right:8px}.value{font-size:1.5rem}
 .cards{grid-template-columns:repeat(2,1fr)}.gallery{grid-template-columns:repeat(2,1fr)}
-.gallery.wide{grid-template-columns:1fr}}
+.gallery.wide{grid-template-columns:1fr}.gallery.row figure{flex:0 0 calc(50% - 6px)}}
 @media print{section{break-inside:avoid}body{background:none}}
 """

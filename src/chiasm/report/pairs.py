@@ -70,7 +70,7 @@ def pairs_piece(
     return [
         text(f"{said} Left what the model says, right the truth."),
         legend((colour_of(label), labels[label]) for label in seen[:_NAMED]),
-        gallery(pictures, side=2 * _SIDE + _GAP, wide=True),
+        gallery(pictures, side=2 * _SIDE + _GAP, shape="wide"),
     ]
 
 

@@ -31,7 +31,7 @@ class Pictures:
     """
 
     def __init__(self, folder: str, inputs: Sequence[str], *, top: int, every: int) -> None:
-        self._names = _Names(folder, inputs)
+        self._names = Names(folder, inputs)
         self._top = top
         self._every = every
         self._film: VideoWriter | None = None
@@ -41,7 +41,7 @@ class Pictures:
         """Draw a result on the pixels of a video frame, or where there are none on its image file, read again."""
         if frame is None or pixels is None:
             image, path = read_image(result.source), self._names.new(result.source, ".predicted.jpg")
-            with _named(path):
+            with writing(path):
                 self._draw(result, image, series=False).save(path, quality=90)
             return
         if self._last and (frame.video != self._last.video or frame.number <= self._last.number):
@@ -87,7 +87,7 @@ class Masks:
     """
 
     def __init__(self, folder: str, inputs: Sequence[str]) -> None:
-        self._names = _Names(folder, inputs)
+        self._names = Names(folder, inputs)
 
     def add(self, result: Detections | Segmentation, frame: Frame | None) -> None:
         """Write the masks of a result; `frame` as for `Pictures`."""
@@ -98,7 +98,7 @@ class Masks:
             picture.putpalette([value for label in range(256) for value in colour_of(label)])
         else:
             picture = Image.fromarray(_numbered(result))
-        with _named(path):
+        with writing(path):
             picture.save(path)
 
 
@@ -111,7 +111,7 @@ def _numbered(result: Detections) -> np.ndarray:
     return numbers
 
 
-class _Names:
+class Names:
     """Names of new files in a folder: numbered where they repeat, and none of an image that is predicted."""
 
     def __init__(self, folder: str, inputs: Sequence[str]) -> None:
@@ -142,7 +142,8 @@ class _Names:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """What the system says where a file cannot be written, as a `ChiasmError` that names the file."""
     try:
         yield
     except OSError as error:

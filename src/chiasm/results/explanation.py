@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 FUSED = "fused"
 # Of a branch's maps the first that it has stands for it.
 METHODS = ("gradient_rollout", "gradcam", "rollout")
+# Where the first branch looks alone, and where the second does.
+ORANGE, BLUE = (230, 126, 20), (30, 110, 220)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +168,7 @@ def paint_disagreement(image: Image.Image, difference: np.ndarray) -> Image.Imag
     from PIL import Image
 
     grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32)
-    orange, blue = np.array([230, 126, 20], dtype=np.float32), np.array([30, 110, 220], dtype=np.float32)
-    colours = np.where(difference[..., None] > 0, orange, blue)
+    colours = np.where(difference[..., None] > 0, np.array(ORANGE, np.float32), np.array(BLUE, np.float32))
     opaque = 0.85 * np.abs(difference)[..., None] ** 0.7
     return Image.fromarray(np.clip((1 - opaque) * 0.8 * grey + opaque * colours, 0, 255).astype(np.uint8))
 

@@ -194,10 +194,7 @@ def _found(pattern: str, config: PredictConfig) -> Iterator[str]:
     from chiasm.data import images, video
 
     folders = [folder for folder in (config.draw, config.masks) if folder]
-    own = {os.path.realpath(folder) for folder in folders if not images.looks_into(pattern, folder)}
-    for path in images.find_images([pattern], images.SUFFIXES | video.SUFFIXES):
-        if path == pattern or os.path.realpath(os.path.dirname(path)) not in own:
-            yield path
+    return images.find_images([pattern], images.SUFFIXES | video.SUFFIXES, without=folders)
 
 
 def _images(config: PredictConfig, given: deque[_Given | ImageError]) -> Iterator[str | tuple[str, Tensor]]:
