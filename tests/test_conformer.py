@@ -44,7 +44,7 @@ def _twins(name: str, seed: int = 0, **options) -> tuple[torch.nn.Module, Textbo
 
 
 CASES = [
-    ("conformer_tiny_patch16_224", (224, 224), {}),
+    ("conformer_tiny_patch16_224", (112, 112), {}),
     ("conformer_small_patch16_224", (160, 224), NARROW),
     ("conformer_small_patch32_224", (224, 224), NARROW),
     ("conformer_small_patch32_224", (96, 160), NARROW),

@@ -19,6 +19,7 @@ from chiasm.report.heat_panels import (
     Row,
     feature_picture,
     heat_panel,
+    overlap,
     panels,
     resized,
     seen,
@@ -35,6 +36,8 @@ FINE = 16
 # Feature maps are stored in 16 bits where these hold their values; maps over the image with a longest side of so many
 # pixels at most.
 LARGEST, STORED_SIDE = 60_000.0, 1600
+# What an NPZ file tells of each explanation, besides its maps.
+TOLD = ("source", "size", "subject", "label", "scores", "region", "box")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +167,7 @@ def store(look: Look, path: Path, features: Mapping[str, Sequence[Feature]]) -> 
         for prefix, one in ((which, answer.explanation), (f"{which}uncoupled/", answer.uncoupled)):
             if one is None:
                 continue
-            about.append({"prefix": prefix, **{k: v for k, v in one.to_dict().items() if k != "maps"}})
+            about.append({"prefix": prefix, "overlap": overlap(one)} | {name: getattr(one, name) for name in TOLD})
             scale = min(1.0, STORED_SIDE / max(one.size))
             small = resized(one, (max(1, round(one.size[0] * scale)), max(1, round(one.size[1] * scale))))
             for name, values in one.maps.items():

@@ -22,6 +22,7 @@ BRANCHES = {"conv": "convolution branch", "tokens": "Transformer branch", "model
 METHODS = {"gradcam": "Grad-CAM", "rollout": "attention rollout", "gradient_rollout": "gradient-weighted rollout"}
 
 _MARGIN, _GAP = 24, 12
+_WIDEST = 900  # that a picture becomes for its title's sake
 _TITLE, _HEADING, _LINE = 27, 20, 17  # heights of letters in pixels
 _BOX = (0, 230, 118)  # green, which neither heat nor disagreement has
 
@@ -68,7 +69,7 @@ def resized(explanation: Explanation, size: tuple[int, int]) -> Explanation:
 
 
 def overlap(explanation: Explanation) -> float | None:
-    """How far the branches look at the same places, as panels show it: that of a large image is not worked out."""
+    """How far the branches look at the same places, 0..1, at the size of a panel; None with one branch."""
     scale = SIDE / max(explanation.size)
     height, width = (max(1, round(length * scale)) for length in explanation.size)
     return resized(explanation, (height, width)).overlap
@@ -91,6 +92,8 @@ def panels(image: Image.Image, explanation: Explanation, side: int = SIDE) -> li
         lines.append("beside it: what is around the box")
     found = [Panel(image=_boxed(whole, at), heading="the image", lines=tuple(lines))]
     found += [heat_panel(image, explanation, branch, side=side) for branch in at.branches]
+    if len(at.branches) == 1:
+        found[1] = replace(found[1], heading="what it looked at")
     if at.overlap is not None:
         found.append(replace(heat_panel(image, explanation, FUSED, side=side), heading="both, fused"))
         found.append(
@@ -218,7 +221,8 @@ def sheet(
         for i, panel in enumerate(row.panels):
             widths[i] = max(widths[i], panel.image.width, 200)
     legend = _legend(heat, branches)
-    width = max(sum(widths) + _GAP * (len(widths) - 1), max((part.width for part in legend), default=0)) + 2 * _MARGIN
+    words = [*(part.width for part in legend), min(_WIDEST, round(font_for(_TITLE, title).getlength(title)))]
+    width = max(sum(widths) + _GAP * (len(widths) - 1), *words) + 2 * _MARGIN
     pen = _Pen(width)
     if title:
         pen.line(_MARGIN, title, _TITLE, INK, width - 2 * _MARGIN, advance=1.5)

@@ -16,13 +16,13 @@ export function outline(card, objects, lit = null) {
   );
 }
 
-/** Write names above boxes, or into their corners where there is no room above. */
+/** Write the labels of objects above their boxes, or into their corners where there is no room above. */
 export function tag(card, objects) {
   card.part(".tags").replaceChildren(
-    ...objects.map(({ name, value, box: [left, top] }) => {
-      const words = make("span", { class: top > 0.08 * card.height ? "above" : null }, `${name} ${value}`);
+    ...objects.map(({ label, value, box: [left, top, right] }) => {
+      const words = make("span", { class: top > 0.08 * card.height ? "above" : null }, `${label} ${value}`);
       words.style.top = `${(100 * top) / card.height}%`;
-      if (left > 0.6 * card.width) words.style.right = `${Math.max(0, 60 - (100 * left) / card.width)}%`;
+      if (left > 0.6 * card.width) words.style.right = `${100 - (100 * right) / card.width}%`;
       else words.style.left = `${(100 * left) / card.width}%`;
       return words;
     }),

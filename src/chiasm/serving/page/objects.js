@@ -17,7 +17,7 @@ export function showObjects(card) {
   const found = [...card.answer.objects]
     .sort((one, other) => other.score - one.score)
     .map(({ label, score, box, mask }, index) => {
-      return { label, score, box, mask, index, name: label, value: percent(score), colour: colourOf(label) };
+      return { label, score, box, mask, index, value: percent(score), colour: colourOf(label) };
     });
   const colours = found.map(({ colour }) => colour);
   const masked = found.some((object) => object.mask);

@@ -3,16 +3,16 @@
 import { line, make, swatch } from "./dom.js";
 
 /**
- * A list of things ({name, value, colour, index}) linked with the picture of `card`; `fill` puts the things in.
+ * A list of things ({label, value, colour, index}) linked with the picture of `card`; `fill` puts the things in.
  *
  * `find(x, y)` says which is there, in pixels of the image, -1 for none; `draw(lit)` paints the picture, `lit` an index
  * or null; `press(index)` is told of a thing that is clicked while a heat map lies on the picture. The list is one stop
  * of the tab key; arrow keys go on from there.
  */
-export function picks(card, label, find, draw, press) {
+export function picks(card, title, find, draw, press) {
   const list = make("ul", { class: "labels" });
-  const title = `${label}; arrow keys go from one to the next`;
-  const element = make("div", { class: "scroll", role: "group", "aria-label": title }, list);
+  const hint = `${title}; arrow keys go from one to the next`;
+  const element = make("div", { class: "scroll", role: "group", "aria-label": hint }, list);
   let picked = null;
   let under = null;
 
@@ -31,9 +31,9 @@ export function picks(card, label, find, draw, press) {
   const fill = (things) => {
     picked = under = null;
     list.replaceChildren(
-      ...things.map(({ name, value, colour, index }, order) => {
+      ...things.map(({ label, value, colour, index }, order) => {
         const item = make("button", { type: "button", "data-index": index, tabindex: order ? -1 : 0 });
-        item.append(line(swatch(colour), name, value));
+        item.append(line(swatch(colour), label, value));
         item.addEventListener("click", () => pick(index));
         return make("li", {}, item);
       }),

@@ -11,7 +11,7 @@ const STRENGTH = 65; // of the colours over the picture, in percent, until the s
 export function showRegions(card) {
   const colourOf = coloursOf(card.answer.legend);
   const regions = card.answer.regions.map(({ label, share, mask }, index) => {
-    return { label, mask, index, name: label, value: percent(share), colour: colourOf(label) };
+    return { label, mask, index, value: percent(share), colour: colourOf(label) };
   });
   const layer = layerOf(regions, card.width, card.height);
   const canvas = card.part(".masks");
@@ -29,6 +29,6 @@ export function showRegions(card) {
   card.subject = () => regions[list.picked()]?.label ?? null;
   card.head(`Mostly ${regions[0].label}`, regions[0].value);
   card.show(colours, list.element);
-  const largest = regions.slice(0, 3).map(({ name, value }) => `${name} ${value}`);
+  const largest = regions.slice(0, 3).map(({ label, value }) => `${label} ${value}`);
   return `${counted(regions.length, "class", "classes")}: ${largest.join(", ")}.`;
 }
