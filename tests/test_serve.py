@@ -27,6 +27,7 @@ from chiasm.errors import ChiasmError
 from chiasm.explaining.explainer import open_explainer
 from chiasm.predictor import load
 from chiasm.results.drawing import colour_of
+from chiasm.results.explanation import visible
 from chiasm.serving import schemas
 from chiasm.serving.access import check_opening
 from chiasm.serving.served import Served, named
@@ -185,7 +186,7 @@ def test_explanations(here: Running, files: dict[str, str]) -> None:
     assert one.box is None
     assert one.scores == pytest.approx(expected.scores, abs=1e-5)
     assert one.region == pytest.approx(expected.region)
-    assert one.overlap == pytest.approx(expected.overlap, abs=1e-3)
+    assert one.overlap == pytest.approx(expected.overlap, abs=0.02)
     assert set(one.maps) == {"conv", "tokens", "fused"}
     assert set(one.layers) == {"conv", "tokens", "fused", "disagreement"}
     for name, url in one.maps.items():
@@ -197,7 +198,7 @@ def test_explanations(here: Running, files: dict[str, str]) -> None:
         layer = np.asarray(_opened(url).convert("RGBA"))
         assert layer.shape == (48, 64, 4)
         if name != "disagreement":  # seen as far as there is something
-            heat = expected.over_image(expected.map_of(name))
+            heat = visible(expected.over_image(expected.map_of(name)))
             assert np.abs((layer[..., 3] / 255) ** (1 / 0.6) - heat).max() < 0.02
     drawn = _post(here, data, "/v1/explain", branch="tokens", headers={"Accept": "image/png"})
     assert Image.open(BytesIO(drawn.content)).size == (64, 48)

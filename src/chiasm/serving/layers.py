@@ -6,7 +6,6 @@ None is larger than `SIDE`, for a browser stretches it over the image; all are P
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from io import BytesIO
 from typing import TYPE_CHECKING
@@ -16,12 +15,10 @@ import numpy as np
 from chiasm.results import DRAWN_SIDE as SIDE
 from chiasm.results import Detections, Explanation, Segmentation
 from chiasm.results.drawing import colour_of
-from chiasm.results.explanation import FUSED
+from chiasm.results.explanation import BLUE, FUSED, ORANGE, visible
 
 if TYPE_CHECKING:
     from PIL import Image
-
-ORANGE, BLUE = (230, 126, 20), (30, 110, 220)
 
 
 def small(size: tuple[int, int]) -> tuple[int, int]:
@@ -70,8 +67,8 @@ def heat_layers(explanation: Explanation) -> Iterator[tuple[str, Image.Image]]:
     with two branches 'disagreement', orange where the first looks alone and blue where the second does."""
     fitted = shrunk(explanation)
     for name in (*explanation.branches, FUSED):
-        heat = np.rint(255 * fitted.over_image(fitted.map_of(name))).astype(np.uint8)
-        yield name, _painted(heat, *_heat_colours())
+        heat = visible(fitted.over_image(fitted.map_of(name)))
+        yield name, _painted(np.rint(255 * heat).astype(np.uint8), *_heat_colours())
     if len(explanation.branches) > 1:
         difference = fitted.disagreement()
         strength = np.rint(127 * difference).astype(np.int16) + 128
@@ -83,12 +80,9 @@ def heat_layers(explanation: Explanation) -> Iterator[tuple[str, Image.Image]]:
 
 def shrunk(explanation: Explanation) -> Explanation:
     """The same of the image at the size of a layer."""
-    height, width = small(explanation.size)
-    across, down = width / explanation.size[1], height / explanation.size[0]
-    left, top, right, bottom = explanation.region
-    return replace(
-        explanation, size=(height, width), region=(left * across, top * down, right * across, bottom * down), box=None
-    )
+    from chiasm.report.heat_panels import resized  # and with it matplotlib, which predictions do without
+
+    return resized(explanation, small(explanation.size))
 
 
 def grey(values: np.ndarray) -> Image.Image:
