@@ -434,6 +434,8 @@ def test_a_key_is_asked_for(models: list[Served]) -> None:
             assert server.client.get(path, headers={"X-API-Key": "open-sesame"}).status_code == 200
             assert server.client.get(path, headers={"Authorization": "Bearer open-sesame"}).status_code == 200
         assert _error(_post(server, picture(), top=0)) == (401, "key")
+        api = server.client.get("/openapi.json", headers={"X-API-Key": "open-sesame"}).json()
+        assert len(api["paths"]["/v1/predict"]["post"]["security"]) == 2
 
 
 def test_no_network_without_a_key() -> None:

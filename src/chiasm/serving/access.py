@@ -44,15 +44,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def key_check(key: str | None) -> Callable[..., Awaitable[None]]:
-    """A dependency of FastAPI's that lets requests with this key pass; without a key, all."""
+def key_check(key: str) -> Callable[..., Awaitable[None]]:
+    """A dependency of FastAPI's that lets requests with this key pass."""
 
     async def check(
         bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)] = None,
         header: Annotated[str | None, Security(_HEADER)] = None,
     ) -> None:
-        if key is None:
-            return
         given = bearer.credentials if bearer else header or ""
         # In constant time: how much of a key is right cannot be told from how long it takes to say no.
         if not hmac.compare_digest(given.encode(), key.encode()):

@@ -48,12 +48,12 @@ def create_app(service: Service, *, key: str | None = None, cors: list[str] | No
         redoc_url=None,
         openapi_url=None,
     )
-    keyed = Depends(key_check(key))
-    app.include_router(_answers(service), dependencies=[keyed])
+    keyed = [Depends(key_check(key))] if key else []
+    app.include_router(_answers(service), dependencies=keyed)
     app.include_router(_conditions(service, keyed))
     app.include_router(_page())
 
-    @app.get("/openapi.json", include_in_schema=False, dependencies=[keyed])
+    @app.get("/openapi.json", include_in_schema=False, dependencies=keyed)
     async def openapi() -> JSONResponse:
         return JSONResponse(app.openapi())
 
@@ -201,7 +201,7 @@ def _answers(service: Service) -> APIRouter:
     return router
 
 
-def _conditions(service: Service, keyed: Any) -> APIRouter:
+def _conditions(service: Service, keyed: list[Any]) -> APIRouter:
     """How the server is."""
     router = APIRouter()
 
@@ -222,7 +222,7 @@ def _conditions(service: Service, keyed: Any) -> APIRouter:
     @router.get(
         "/metrics",
         summary="Numbers for Prometheus",
-        dependencies=[keyed],
+        dependencies=keyed,
         response_class=Response,
         responses={200: {"content": {"text/plain": {}}}, **schemas.errors(401)},
     )
