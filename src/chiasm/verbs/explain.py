@@ -135,10 +135,10 @@ def _explanations_table(result: ExplainResult) -> Table:
 
     table = Table(box=None, pad_edge=False)
     branches = result.branches if len(result.branches) > 1 else ()
-    table.add_column("image", no_wrap=True, min_width=8)
-    table.add_column("explained", no_wrap=True, min_width=8)
+    table.add_column("image", overflow="ellipsis")
+    table.add_column("explained", overflow="ellipsis")
     for name in ("model", *branches, *(("shared", "coupling off") if branches else ())):
-        table.add_column(name, justify="right", min_width=min(len(name), 8))
+        table.add_column(name, justify="right", no_wrap=True)
     for image in result.images:
         for answer in image.answers:
             found, off = answer.explanation, answer.uncoupled
