@@ -219,6 +219,13 @@ def test_no_input_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted(set(os.listdir("photos"))) == ["a-2.png", "a-3.png", "a.jpg", "a.png", "b.jpg", "b.png"]
 
 
+def test_a_numbered_name_is_not_given_again(tmp_path: Path) -> None:
+    masks = Masks(str(tmp_path), [])
+    for source in ("a.jpg", "x/a.jpg", "a-2.jpg", "y/a.jpg"):
+        masks.add(_map(source), None)
+    assert sorted(os.listdir(tmp_path)) == ["a-2-2.png", "a-2.png", "a-3.png", "a.png"]
+
+
 def test_pictures_of_objects_and_maps(tmp_path: Path) -> None:
     sources = [str(tmp_path / name) for name in ("a.png", "b.png")]
     for source in sources:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -112,11 +112,19 @@ def _numbered(result: Detections) -> np.ndarray:
 
 
 class Names:
-    """Names of new files in a folder: numbered where they repeat, and none of an image that is predicted."""
+    """Names of new files in a folder: numbered where they repeat, and none of an image that is predicted.
 
-    def __init__(self, folder: str, inputs: Sequence[str]) -> None:
+    Args:
+        folder: made if it is not there.
+        inputs: files, folders and globs of images.
+        is_own: tells the files of an earlier run, which alone are written over then.
+    """
+
+    def __init__(self, folder: str, inputs: Sequence[str], is_own: Callable[[Path], bool] | None = None) -> None:
         self.folder = Path(folder)
-        self._used: dict[str, int] = {}
+        self._is_own = is_own
+        self._given: set[Path] = set()
+        self._numbers: dict[str, int] = {}  # the last of each name, so that no search begins anew
         self._files = {os.path.realpath(path) for path in inputs if os.path.isfile(path)}
         self._holds_inputs = any(looks_into(path, folder) for path in inputs)
         self._listed = "-" in inputs  # paths that come from stdin, known one by one only
@@ -125,20 +133,25 @@ class Names:
         except OSError as error:
             raise ChiasmError(f"{folder}: cannot be made a folder for pictures ({error.strerror}).") from error
 
-    def new(self, source: str, suffix: str) -> Path:
-        """A path for what was made of the file `source`."""
+    def new(self, source: str, suffix: str, *more: str) -> Path:
+        """A path for what was made of the file `source`; with the suffixes `more` in its place it is free as well."""
         if self._listed and os.path.realpath(os.path.dirname(source) or ".") == os.path.realpath(self.folder):
             self._holds_inputs = True
         stem = Path(source).stem
         while True:
-            name = stem + suffix
-            self._used[name] = number = self._used.get(name, 0) + 1
-            path = self.folder / (name if number == 1 else f"{stem}-{number}{suffix}")
-            if not self._is_input(path):
-                return path
+            self._numbers[stem + suffix] = number = self._numbers.get(stem + suffix, 0) + 1
+            name = stem if number == 1 else f"{stem}-{number}"
+            paths = [self.folder / f"{name}{end}" for end in (suffix, *more)]
+            if not any(path in self._given or self._is_taken(path) for path in paths):
+                self._given.update(paths)
+                return paths[0]
 
-    def _is_input(self, path: Path) -> bool:
-        return path.exists() and (self._holds_inputs or os.path.realpath(path) in self._files)
+    def _is_taken(self, path: Path) -> bool:
+        if not os.path.lexists(path):
+            return False
+        if os.path.realpath(path) in self._files:
+            return True
+        return self._holds_inputs if self._is_own is None else not self._is_own(path)
 
 
 @contextmanager
