@@ -225,9 +225,61 @@ def test_its_own_pictures_are_not_explained_again(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     _photo(tmp_path / "a.png")
-    _photo(tmp_path / "explained" / "of-an-earlier-run.png")
-    result = chiasm.explain(model=coupled, images=["."], measures=False, device="cpu")
-    assert [image.source for image in result.images] == ["./a.png"]
+    for _ in range(2):
+        result = chiasm.explain(model=coupled, images=["."], measures=False, device="cpu")
+        assert [image.source for image in result.images] == ["./a.png"]
+    with pytest.raises(DataError, match="no image here but pictures of an earlier run"):
+        chiasm.explain(model=coupled, images=["explained"], out="explained", measures=False, device="cpu")
+    written = {path.name for path in Path("explained").iterdir()}
+    assert written == {"a.png", "a.npz", "figure.png", "features.png", "index.html"}
+
+
+def test_what_a_person_has_in_the_folder_stays_and_what_an_earlier_run_left_does_not(
+    coupled: str, tmp_path: Path
+) -> None:
+    cats = tmp_path / "photos" / "cats"
+    photos = [_photo(tmp_path / "photos" / "a.png"), _photo(cats / "a.png", 1), _photo(cats / "b.png", 2)]
+    np.savez(cats / "b-2.npz", mine=np.arange(3))
+    (cats / "evaluation.json").write_text("{}")
+    before = {path: path.read_bytes() for path in (tmp_path / "photos").rglob("*.*")}
+
+    def explain() -> list[str]:
+        result = chiasm.explain(model=coupled, images=[tmp_path / "photos"], out=cats, measures=False, device="cpu")
+        assert [image.source for image in result.images] == photos
+        return [path.name for image in result.images for path in (image.picture, image.arrays)]
+
+    names = ["a-2.png", "a-2.npz", "a-3.png", "a-3.npz", "b-3.png", "b-3.npz"]
+    assert explain() == names
+    first = sorted(cats.iterdir())
+    assert explain() == names  # its own files alone are written over
+    assert sorted(cats.iterdir()) == first
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("name", ["index.html", "measures.json"])
+def test_a_page_of_somebody_else_is_not_written_over(
+    coupled: str, photos: list[str], tmp_path: Path, name: str
+) -> None:
+    theirs = tmp_path / "photos" / name
+    theirs.write_text('{"mine": 1}')
+    with pytest.raises(ChiasmError, match=f"{name}: not of an earlier run of explain.*--out"):
+        chiasm.explain(model=coupled, images=photos, out=theirs.parent, device="cpu")
+    assert theirs.read_text() == '{"mine": 1}'
+    assert {path.name for path in theirs.parent.iterdir()} == {"a.png", "b ü.png", name}
+
+
+@pytest.mark.parametrize("what", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_no_half_written_file_stays(
+    coupled: str, photos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: BaseException
+) -> None:
+    def stopped(file: Any, **arrays: np.ndarray) -> None:
+        file.write(b"PK half")
+        raise what
+
+    monkeypatch.setattr(np, "savez_compressed", stopped)
+    with pytest.raises((KeyboardInterrupt, ChiasmError)):
+        chiasm.explain(model=coupled, images=photos, out=tmp_path / "out", measures=False, device="cpu")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_an_interrupted_run_leaves_what_is_finished(
@@ -260,8 +312,9 @@ def test_what_cannot_be_is_said_in_one_line(coupled: str, photos: list[str], tmp
 
     with pytest.raises(ChiasmError, match="which images"):
         explain(images=[])
-    with pytest.raises(ChiasmError, match="--beside"):
-        explain(images=[], evaluate="scenes", beside=[coupled])
+    for flag, value in {"beside": [coupled], "label": LABELS[0], "top": 2, "measures": False}.items():
+        with pytest.raises(ChiasmError, match=f"--(no-)?{flag} is for images"):
+            explain(**{"images": [], "evaluate": "scenes", "measures": True, flag: value})
     with pytest.raises(ChiasmError, match="top is 0"):
         explain(top=0)
     with pytest.raises(ChiasmError, match="--top is for detectors"):
@@ -276,7 +329,10 @@ def test_what_cannot_be_is_said_in_one_line(coupled: str, photos: list[str], tmp
         explain(images=[str(tmp_path / "nothing*.png")])
     with pytest.raises(ChiasmError, match="a file; --out takes a folder"):
         explain(out=photos[0])
-    assert not list(out.glob("*.png")) if out.exists() else True
+    small = _save(tmp_path / "one.safetensors", "resnet10t", 64)
+    with pytest.raises(ChiasmError, match="level is -6"):
+        explain(level=-6, beside=[small])  # which the first model has
+    assert not out.exists()
 
 
 def test_no_readable_image_is_said_and_written(coupled: str, tmp_path: Path) -> None:
@@ -418,7 +474,7 @@ def test_what_is_measured_stands_in_the_page_and_beside_it(photos: list[str], tm
     assert result.measures is not None
     assert result.measures.images == 1
     measured = json.loads((tmp_path / "out" / "measures.json").read_text())
-    assert measured == json.loads(json.dumps(result.measures.to_dict()))
+    assert measured == {"generator": "chiasm explain"} | json.loads(json.dumps(result.measures.to_dict()))
     page = result.page.read_text(encoding="utf-8")
     assert "How far attention looks" in page
     assert "How alike the branches are" in page
@@ -431,3 +487,9 @@ def test_what_is_measured_stands_in_the_page_and_beside_it(photos: list[str], tm
     assert json.loads((out / "evaluation.json").read_text())["split"] == "val"
     assert "believed" in alone.page.read_text(encoding="utf-8")
     assert {path.name for path in out.iterdir()} == {"index.html", "evaluation.json"}
+    assert "what the model says" not in alone.page.read_text(encoding="utf-8")  # no image was explained
+
+    # What this run did not measure does not stay beside its page; what is not chiasm's does.
+    (out / "measures.json").write_text("[]")
+    chiasm.explain(model=name, images=photos[:1], measures=False, out=out, device="cpu")
+    assert {path.name for path in out.glob("*.json")} == {"measures.json"}

@@ -28,6 +28,7 @@ from chiasm.report.heat_panels import (
     strength,
 )
 from chiasm.report.pictures import writing
+from chiasm.report.whole_file import whole
 from chiasm.results import Explanation
 
 COUPLED, UNCOUPLED = "coupled, as the model works", "the same weights with the coupling off"
@@ -179,11 +180,8 @@ def store(look: Look, path: Path, features: Mapping[str, Sequence[Feature]]) -> 
             half = np.abs(values).max(initial=0) < LARGEST
             arrays[f"{prefix}{feature.branch}/{feature.name}"] = values.astype(np.float16 if half else np.float32)
     arrays["about"] = np.array(json.dumps(about, ensure_ascii=False))
-    part = path.with_name(f".{path.name}.part")
-    with writing(path):
-        with open(part, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
-        part.replace(path)
+    with writing(path), whole(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
 
 
 def _values(feature: Feature) -> np.ndarray:

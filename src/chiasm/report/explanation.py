@@ -41,6 +41,7 @@ from chiasm.report.html import (
     table,
     text,
 )
+from chiasm.report.own_files import MARK
 
 # Images that the page shows; each takes some 300 kB.
 SHOWN = 24
@@ -103,7 +104,7 @@ class ExplanationPage:
             failures: images that could not be read.
         """
         plural = "image" if self.count == 1 else "images"
-        page = Page(f"What {self._model} looked at", subtitle=f"{self.count:,} {plural}")
+        page = Page(f"What {self._model} looked at", subtitle=f"{self.count:,} {plural}", generator=MARK)
         page.section("", *map(note, notes), *self._headline(), *self._reading())
         for figure in figures:
             headings = [Html("<br>".join(escape(word) for word in column if word)) for column in figure.columns]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from chiasm.errors import ChiasmError
 from chiasm.report.plots import PALETTE, svg
+from chiasm.report.whole_file import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,11 +49,12 @@ class Picture:
 
 
 class Page:
-    """A page: a title, then sections."""
+    """A page: a title, then sections; `generator`, unseen, is what made it."""
 
-    def __init__(self, title: str, *, subtitle: str = "") -> None:
+    def __init__(self, title: str, *, subtitle: str = "", generator: str = "") -> None:
         self.title = title
         self.subtitle = subtitle
+        self._generator = generator
         self._sections: list[Html] = []
 
     def section(self, title: str, *pieces: Html) -> None:
@@ -63,8 +64,9 @@ class Page:
 
     def __str__(self) -> str:
         subtitle = f'<p class="subtitle">{escape(self.subtitle)}</p>' if self.subtitle else ""
+        generator = f'<meta name="generator" content="{escape(self._generator)}">' if self._generator else ""
         return (
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{generator}'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escape(self.title)}</title><style>{_theme()}{_STYLE}</style></head>\n"
             f"<body><main><header><h1>{escape(self.title)}</h1>{subtitle}</header>\n"
@@ -179,11 +181,10 @@ def write_text(path: str | Path, content: str) -> None:
         ChiasmError: when it cannot be written.
     """
     target = Path(path)
-    part = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, target)
+        with whole(target) as part:
+            part.write_text(content, encoding="utf-8")
     except OSError as error:
         raise ChiasmError(f"{target}: cannot be written ({error.strerror}); give another folder with --out.") from error
 

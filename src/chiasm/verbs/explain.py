@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chiasm.config import ExplainConfig
-from chiasm.errors import ChiasmError, ImageError
+from chiasm.config import ExplainConfig, default_of
+from chiasm.errors import ChiasmError, DataError, ImageError, UnknownNameError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from rich.progress import Progress
     from rich.table import Table
     from torch import Tensor
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from chiasm.explaining.faithfulness import Faithfulness
     from chiasm.explaining.measures import Measures
     from chiasm.explaining.record import Feature
+    from chiasm.model_file import ModelInfo
     from chiasm.report.explained import Comparison, Explained, Look
     from chiasm.report.html import Html
     from chiasm.results import Explanation
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("chiasm.explain")
 
+PAGE, MEASURES, EVALUATION = "index.html", "measures.json", "evaluation.json"
+# What is of no use without images.
+OF_IMAGES = {"label": "--label", "top": "--top", "beside": "--beside", "measures": "--no-measures"}
 # Images that are measured, and rows of the figures: the first ones.
 MEASURED, ROWS = 32, 24
 # Objects among which one found with the coupling on is looked for with the coupling off, and what part of both boxes
@@ -86,14 +92,9 @@ def explain(**flags: Any) -> ExplainResult:
     """
     config = ExplainConfig.from_flags(**flags)
     _check(config)
-    from chiasm.data.images import find_images
-    from chiasm.explaining.explainer import open_explainer
-
-    def opened(ref: str) -> Explainer:
-        return open_explainer(ref, device=config.device, image_size=config.image_size, level=config.level)
-
-    paths = list(find_images(config.images, without=[config.out]))
-    work = _Work(config, {name: opened(ref) for name, ref in _names([config.model, *config.beside]).items()})
+    _check_out(config)
+    paths = _paths(config)
+    work = _Work(config, _opened(config))
     with _progress() as bar:
         try:
             for path in bar.over(paths, "explaining"):
@@ -171,16 +172,78 @@ def _share(value: float | None) -> str:
 def _check(config: ExplainConfig) -> None:
     if not config.images and not config.evaluate:
         raise ChiasmError("which images? Give files, folders or globs, or --evaluate DATA.")
-    if config.beside and not config.images:
-        raise ChiasmError("--beside is for the figure of images: give files, folders or globs as well.")
+    defaults = {field.name: default_of(field) for field in fields(config)}
+    for name, flag in OF_IMAGES.items():
+        if not config.images and getattr(config, name) != defaults[name]:
+            raise ChiasmError(f"{flag} is for images, which --evaluate has no part in: give files, folders or globs.")
     for name in ("top", "limit"):
         if (value := getattr(config, name)) < 1:
             raise ChiasmError(f"{name} is {value}: expected 1 or more.")
     for name in ("split", "limit"):
-        if config.evaluate is None and getattr(config, name) != getattr(ExplainConfig, name):
+        if config.evaluate is None and getattr(config, name) != defaults[name]:
             raise ChiasmError(f"--{name} is for --evaluate DATA, which is not given.")
     if Path(config.out).is_file():
         raise ChiasmError(f"{config.out}: a file; --out takes a folder.")
+
+
+def _paths(config: ExplainConfig) -> list[str]:
+    """The images; of what folders and globs give without the pictures of an earlier run in `out`."""
+    from chiasm.data.images import find_images
+    from chiasm.report.own_files import is_own
+
+    out = os.path.realpath(config.out)
+
+    def is_of_earlier_run(path: str) -> bool:
+        return os.path.realpath(os.path.dirname(path)) == out and is_own(Path(path))
+
+    paths = [path for path in find_images(config.images) if path in config.images or not is_of_earlier_run(path)]
+    if config.images and not paths:
+        raise DataError(f"{', '.join(config.images)}: no image here but pictures of an earlier run of explain.")
+    return paths
+
+
+def _check_out(config: ExplainConfig) -> None:
+    """Refuse a folder where a file of a person would be written over: these three names cannot be numbered."""
+    from chiasm.report.own_files import is_own
+
+    measured = [MEASURES] if config.measures and config.images else []
+    for name in (PAGE, *measured, *([EVALUATION] if config.evaluate is not None else [])):
+        path = Path(config.out) / name
+        if os.path.lexists(path) and not is_own(path):
+            raise ChiasmError(f"{path}: not of an earlier run of explain, so it stays; give another folder with --out.")
+
+
+def _opened(config: ExplainConfig) -> dict[str, Explainer]:
+    """The models by their names in a figure. What the first cannot do is said before any other work, and a level that
+    one of them does not have is found on a pattern in an image's place."""
+    import torch
+
+    from chiasm.explaining.explainer import open_explainer
+
+    explainers: dict[str, Explainer] = {}
+    for name, ref in _names([config.model, *config.beside]).items():
+        explainer = open_explainer(ref, device=config.device, image_size=config.image_size, level=config.level)
+        if not explainers:
+            _check_model(config, explainer.info)
+        if config.level is not None and explainer.info.task == "classify":
+            height, width = explainer.info.preprocess.size
+            pattern = torch.arange(3 * height * width).remainder(251).to(torch.uint8)
+            explainer.explain(pattern.reshape(3, height, width), name)
+        explainers[name] = explainer
+    return explainers
+
+
+def _check_model(config: ExplainConfig, info: ModelInfo) -> None:
+    if config.label is not None and config.label not in info.labels:
+        raise UnknownNameError("class", config.label, info.labels)
+    if info.task != "classify" and config.level is not None:
+        raise ChiasmError("--level is for classifiers: maps of objects and regions are made of every stage.")
+    if info.task == "classify" and config.top != ExplainConfig.top:
+        raise ChiasmError(f"--top is for detectors and segmenters; {config.model} has one answer for an image.")
+    if config.evaluate is not None:
+        from chiasm.explaining.ground_truth import open_truth
+
+        open_truth(config.evaluate, config.split, info)  # what is wrong with it is said at once
 
 
 def _names(refs: Sequence[str]) -> dict[str, str]:
@@ -206,6 +269,7 @@ class _Work:
 
     def __init__(self, config: ExplainConfig, explainers: dict[str, Explainer]) -> None:
         from chiasm.report.explanation import ExplanationPage
+        from chiasm.report.own_files import is_own
         from chiasm.report.pictures import Names
 
         self.images: list[Explained] = []
@@ -215,7 +279,7 @@ class _Work:
         self._config = config
         self._explainers = explainers
         self._name, self._explainer = next(iter(explainers.items()))
-        self._files = Names(config.out, config.images)
+        self._files = Names(config.out, config.images, is_own)
         self._sections: list[tuple[str, Sequence[Html]]] = []
         self._page = ExplanationPage(self._name, self._explainer.branches, exchanges=self._explainer.exchanges)
         self._figures = _figures(explainers)
@@ -225,17 +289,8 @@ class _Work:
             for name, explainer in explainers.items()
             if not explainer.info.trained
         ]
-        task = self._explainer.info.task
-        if task != "classify" and config.level is not None:
-            raise ChiasmError("--level is for classifiers: maps of objects and regions are made of every stage.")
-        if task == "classify" and config.top != ExplainConfig.top:
-            raise ChiasmError(f"--top is for detectors and segmenters; {config.model} has one answer for an image.")
         for content in self.notes:
             _log.warning("%s", content)
-        if config.evaluate is not None:
-            from chiasm.explaining.ground_truth import open_truth
-
-            open_truth(config.evaluate, config.split, self._explainer.info)  # what is wrong with it is said at once
 
     def explain(self, path: str) -> None:
         """Explain an image and write its files; one that cannot be read is named and left out."""
@@ -244,7 +299,6 @@ class _Work:
         from chiasm.data.images import read_image
         from chiasm.report.explained import Explained, draw, store
         from chiasm.report.heat_panels import shrunk
-        from chiasm.report.pictures import writing
         from chiasm.results.drawing import fit
 
         try:
@@ -257,11 +311,10 @@ class _Work:
         look, features = _look(self._explainer, pixels, path, label=self._config.label, top=self._config.top)
         if all(answer.explanation.box is None for answer in look.answers):
             image = shrunk(image)  # nothing will be cut from it
-        picture = self._files.new(path, ".png")
-        with writing(picture):
-            draw(look, image, f"{Path(path).name}: what {self._name} looked at").save(picture)
+        picture = self._files.new(path, ".png", ".npz")
         arrays = picture.with_suffix(".npz")
         store(look, arrays, features)
+        _save(draw(look, image, f"{Path(path).name}: what {self._name} looked at"), picture)
         self._page.add(look, image)
         if len(self.images) < ROWS:
             looks = {
@@ -281,7 +334,7 @@ class _Work:
         paths = [image.source for image in self.images[:MEASURED]]
         self.measures = measure(self._explainer, _read(paths), bar.tick(len(paths), "measuring"))
         self._sections += measures_sections(self.measures)
-        self._write_json("measures.json", self.measures.to_dict())
+        self._write_json(MEASURES, self.measures.to_dict())
 
     def evaluate(self, bar: _Bar) -> None:
         """Whether the maps are right, on annotated images."""
@@ -302,23 +355,24 @@ class _Work:
         for error in self.evaluation.failures:
             _log.warning("%s", error)
         self._sections += faithfulness_sections(self.evaluation)
-        self._write_json("evaluation.json", self.evaluation.to_dict())
+        self._write_json(EVALUATION, self.evaluation.to_dict())
 
     def write(self) -> Path:
-        """Write the page and the figures of all that was made; returns the page's path."""
+        """Write the page and the figures of all that was made, and remove what an earlier run measured and this one did
+        not; returns the page's path."""
+        from chiasm.report.own_files import is_own
         from chiasm.report.pictures import writing
 
         shown = [figure for figure in self._figures.values() if figure.rows]
         for figure, path in zip(shown, self._pictures, strict=False):
-            with writing(path):
-                figure.draw().save(path)
+            _save(figure.draw(), path)
         info, config = self._explainer.info, self._config
         height, width = info.preprocess.size
         about = [
             ("model", config.model),
             ("architecture", info.architecture),
             *([("beside it", ", ".join(config.beside))] if config.beside else []),
-            ("explained", f"the class '{config.label}'" if config.label else "what the model says"),
+            *([("explained", self._subject())] if self.images else []),
             ("image size", f"{height} x {width} px"),
             ("device", str(self._explainer.device)),
         ]
@@ -329,8 +383,12 @@ class _Work:
             sections=self._sections,
             failures=self.failures,
         )
-        path = Path(config.out) / "index.html"
+        path = Path(config.out) / PAGE
         page.write(path)
+        for name, made in ((MEASURES, self.measures), (EVALUATION, self.evaluation)):
+            if made is None and is_own(stale := path.with_name(name)):
+                with writing(stale):
+                    stale.unlink()
         return path
 
     def result(self, page: Path) -> ExplainResult:
@@ -349,6 +407,12 @@ class _Work:
             page=page,
         )
 
+    def _subject(self) -> str:
+        if self._config.label is None:
+            return "what the model says"
+        found = any(image.answers for image in self.images)
+        return f"the class '{self._config.label}'{'' if found else ', which was found nowhere'}"
+
     def _beside(self, name: str, first: Look, pixels: Tensor) -> Look:
         """What another model saw: of the same class where it has it."""
         explainer, label = self._explainers[name], None
@@ -359,7 +423,9 @@ class _Work:
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         from chiasm.report.html import write_text
+        from chiasm.report.own_files import MARK
 
+        content = {"generator": MARK} | content
         write_text(Path(self._config.out) / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -435,6 +501,15 @@ def _figures(explainers: dict[str, Explainer]) -> dict[str, Comparison]:
             branches=branches,
         ),
     }
+
+
+def _save(picture: Image, path: Path) -> None:
+    from chiasm.report.own_files import signed
+    from chiasm.report.pictures import writing
+    from chiasm.report.whole_file import whole
+
+    with writing(path), whole(path) as part:
+        picture.save(part, "PNG", pnginfo=signed())
 
 
 def _read(paths: Sequence[str]) -> Iterator[tuple[str, Tensor | ImageError]]:
