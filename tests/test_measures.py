@@ -260,6 +260,7 @@ def test_measures_are_means_over_the_images(
             x, y = (torch.cat([map_to_tokens(m)[0] for m in side]) for side in (convs, maps))
             assert value == pytest.approx(cka(x, y), rel=1e-6)
             assert similarity.places == len(x)
+            assert similarity.channels == max(x.shape[1], y.shape[1])
     fields = [receptive_field(explainer.network, explainer.canvas(pixels)[0]) for _, pixels in scenes]
     for i, field in enumerate(field for field in measured.fields if field.coupled):
         assert field.map == pytest.approx(np.mean([of_image[i].map for of_image in fields], axis=0), abs=1e-7)

@@ -80,12 +80,14 @@ class Similarity:
         name: of the exchange.
         before, after: it.
         places: tokens that were compared; with fewer than there are channels, any two branches look alike.
+        channels: of the branch that has more of them.
     """
 
     name: str
     before: float
     after: float
     places: int
+    channels: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,8 @@ class Measures:
             ],
             "receptive_field_images": min(self.images, FIELD_IMAGES),
             "similarity": [
-                {"name": s.name, "before": s.before, "after": s.after, "places": s.places} for s in self.similarities
+                {"name": s.name, "before": s.before, "after": s.after, "places": s.places, "channels": s.channels}
+                for s in self.similarities
             ],
             "unreadable": [{"path": error.path, "reason": error.reason} for error in self.failures],
         }
@@ -293,6 +296,11 @@ class CKA:
         self.count += more
 
     @property
+    def channels(self) -> tuple[int, int]:
+        """p and q."""
+        return self._split, len(self._mean) - self._split
+
+    @property
     def value(self) -> float:
         """0..1; 0 where one of the two is everywhere the same."""
         p = self._split
@@ -359,6 +367,8 @@ class _Sums:
 
     def similarities(self) -> list[Similarity]:
         return [
-            Similarity(name=name, before=before.value, after=after.value, places=after.count)
+            Similarity(
+                name=name, before=before.value, after=after.value, places=after.count, channels=max(after.channels)
+            )
             for name, (before, after) in self._crossings.items()
         ]

@@ -30,6 +30,7 @@ SWITCHED = {True: "exchanges on", False: "exchanges off"}
 
 Sections = list[tuple[str, list[Html]]]
 Looked = TypeVar("Looked", Distance, Field)
+Item = TypeVar("Item")
 
 
 def measures_sections(measures: Measures) -> Sections:
@@ -102,11 +103,16 @@ MEASURES = {
     "deletion": ("deletion", "of random maps"),
     "insertion": ("insertion", "of random maps"),
 }
+SHORT = {
+    "localisation": ("on objects", "even"),
+    "deletion": ("deletion", "random"),
+    "insertion": ("insertion", "random"),
+}
 
 
 def scores_table(result: Faithfulness) -> tuple[list[str], list[list[str]]]:
     """Headers, and a row for each kind of map: those measures that there are."""
-    measures = _known(result)
+    measures = known_measures(result)
     rows = []
     for scores in result.maps:
         row = [scores.name, "on" if scores.coupled else "off"]
@@ -118,12 +124,13 @@ def scores_table(result: Faithfulness) -> tuple[list[str], list[list[str]]]:
 
 def differences_table(result: Faithfulness) -> tuple[list[str], list[list[str]]]:
     """Headers, and a row for each kind of map, in points of percent."""
-    measures = _known(result)
+    measures = known_measures(result)
     rows = [[d.name, *(told(getattr(d, measure), signed=True) for measure in measures)] for d in result.differences]
     return ["map", *(MEASURES[measure][0] for measure in measures)], rows
 
 
-def _known(result: Faithfulness) -> list[str]:
+def known_measures(result: Faithfulness) -> list[str]:
+    """Those of `MEASURES` that are there of some map."""
     return [measure for measure in MEASURES if any(getattr(scores, measure) for scores in result.maps)]
 
 
@@ -171,6 +178,14 @@ def _similarity_words(measures: Measures) -> Iterator[str]:
         f"{closer} of {count} exchanges make the branches more alike: {before:.2f} before and {after:.2f} after, "
         "on average."
     )
+    few = [s for s in measures.similarities if s.places < s.channels]
+    if few:
+        least = max(few, key=lambda s: s.channels / s.places)
+        yield (
+            f"Do not rely on it: {len(few)} of {count} were compared at fewer places than there are channels "
+            f"({least.name}: {least.places:,} places, {least.channels:,} channels), where any two branches look alike. "
+            "More images give more places."
+        )
 
 
 def _verdict(result: Faithfulness) -> Iterator[str]:
@@ -194,7 +209,7 @@ def _verdict(result: Faithfulness) -> Iterator[str]:
 
 
 def _method(result: Faithfulness) -> Iterator[str]:
-    known = _known(result)
+    known = known_measures(result)
     yield (
         f"{result.images:,} images of {result.data} ({result.split}). Numbers are percent with the 95 % interval of a "
         "bootstrap over the images."
@@ -269,7 +284,7 @@ def field_pictures(measures: Measures) -> Figure:
     for line, ((branch, coupled), fields) in zip(grid, rows, strict=True):
         for axes in line:
             axes.axis("off")
-        for axes, field in zip(line, _spread(fields, count), strict=False):
+        for axes, field in zip(line, evenly(fields, count), strict=False):
             # The root: a field falls off by orders of magnitude, and its rim is what is looked for.
             axes.imshow(np.sqrt(field.map / (field.map.max() or 1.0)), cmap="inferno", vmin=0, vmax=1)
             axes.set_title(field.name, fontsize=6.5, color=INK, pad=2)
@@ -407,6 +422,6 @@ def _axis(fields: Sequence[Field]) -> tuple[dict[tuple[str, str], int], list[str
     return {(field.branch, field.name): i for i, field in enumerate(coupled, 1)}, [field.name for field in coupled]
 
 
-def _spread(found: Sequence[Looked], count: int) -> list[Looked]:
-    """So many of them, evenly spaced, with both ends."""
+def evenly(found: Sequence[Item], count: int) -> list[Item]:
+    """So many of them at most, evenly spaced, with both ends."""
     return [found[i] for i in np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))]
