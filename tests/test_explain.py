@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 import chiasm
 from chiasm.cli import main
@@ -19,12 +21,14 @@ from chiasm.config import Preprocess
 from chiasm.data import open_data
 from chiasm.errors import ChiasmError, DataError, ImageError, UnknownNameError
 from chiasm.explaining.explainer import Explainer
+from chiasm.explaining.faithfulness import Estimate, Faithfulness, MapScores, Score
 from chiasm.model_file import ModelInfo, preprocess_of, save_model
 from chiasm.models.heads import with_head
 from chiasm.report.explained import Answer, Look, Stage
+from chiasm.report.explanation_measures import measures_sections
 from chiasm.report.heat_panels import Row, close_up, panels, sheet, shrunk, strength
 from chiasm.results import Explanation
-from chiasm.verbs.explain import _same
+from chiasm.verbs.explain import _evaluation_table, _same
 
 NANO = "conformer_nano_patch4_32"
 LABELS = ("apple", "pear", "plum, dried", "quince")
@@ -463,6 +467,28 @@ def test_small_pictures_are_enlarged_and_large_ones_made_smaller() -> None:
 # ------------------------------------------------------------------------------------------------------------- measured
 
 
+def test_the_table_of_an_evaluation_is_whole_in_80_columns() -> None:
+    def percent(mean: float) -> Estimate:
+        return Estimate(mean=mean, low=mean - 0.01, high=min(mean + 0.01, 1.0), images=200)
+
+    score = Score(value=percent(1.0), chance=percent(0.4321), gain=percent(0.5))
+    names = ("conv/gradcam", "tokens/gradient_rollout")
+    measured = Faithfulness(
+        data="photos", split="val", images=200, unplaced=0, differences=(), notes=(), failures=(),
+        maps=tuple(
+            MapScores(name=name, coupled=coupled, localisation=score, deletion=score, insertion=score, curves={})
+            for coupled in (True, False) for name in names
+        ),
+    )  # fmt: skip
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(_evaluation_table(measured))
+    told = console.export_text()
+    assert "…" not in told
+    for words in ("on objects", "even", "deletion", "insertion", "tokens/gradient_rollout", "exchanges off"):
+        assert words in told
+    assert told.count("99.0–100.0") == 4 * 3
+
+
 def test_what_is_measured_stands_in_the_page_and_beside_it(photos: list[str], tmp_path: Path) -> None:
     data = "scenes:size=32,count=9,val=9"
     model, name = chiasm.create_model(NANO, num_classes=9), tmp_path / "scenes.safetensors"
@@ -478,6 +504,9 @@ def test_what_is_measured_stands_in_the_page_and_beside_it(photos: list[str], tm
     page = result.page.read_text(encoding="utf-8")
     assert "How far attention looks" in page
     assert "How alike the branches are" in page
+    assert "at fewer places than there are channels" in page  # one image of 8 x 8 tokens
+    many = tuple(replace(one, places=one.channels) for one in result.measures.similarities)
+    assert "fewer places" not in str(measures_sections(replace(result.measures, similarities=many)))
 
     out = tmp_path / "evaluated"
     alone = chiasm.explain(model=name, evaluate=data, limit=1, out=out, device="cpu")

@@ -19,7 +19,7 @@ from chiasm.report.heat_panels import (
     Row,
     feature_picture,
     heat_panel,
-    overlap,
+    overlap_seen,
     panels,
     resized,
     seen,
@@ -168,7 +168,7 @@ def store(look: Look, path: Path, features: Mapping[str, Sequence[Feature]]) -> 
         for prefix, one in ((which, answer.explanation), (f"{which}uncoupled/", answer.uncoupled)):
             if one is None:
                 continue
-            about.append({"prefix": prefix, "overlap": overlap(one)} | {name: getattr(one, name) for name in TOLD})
+            about.append({"prefix": prefix, "overlap": overlap_seen(one)} | {name: getattr(one, name) for name in TOLD})
             scale = min(1.0, STORED_SIDE / max(one.size))
             small = resized(one, (max(1, round(one.size[0] * scale)), max(1, round(one.size[1] * scale))))
             for name, values in one.maps.items():

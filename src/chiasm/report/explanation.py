@@ -11,7 +11,8 @@ from PIL import Image
 from chiasm import __version__
 from chiasm.errors import ImageError
 from chiasm.report.evaluation import tail
-from chiasm.report.explained import UNCOUPLED, Comparison, Look, Stage
+from chiasm.report.explained import UNCOUPLED, Comparison, Look
+from chiasm.report.explanation_measures import evenly
 from chiasm.report.heat_panels import (
     BRANCHES,
     SIDE,
@@ -20,7 +21,7 @@ from chiasm.report.heat_panels import (
     every_map,
     feature_picture,
     heat_scale,
-    overlap,
+    overlap_seen,
     panels,
     seen,
     shrunk,
@@ -80,7 +81,7 @@ class ExplanationPage:
         self.count += 1
         for answer in look.answers:
             for found, sums in ((answer.explanation, self._overlaps), (answer.uncoupled, self._off)):
-                if found is not None and (shared := overlap(found)) is not None:
+                if found is not None and (shared := overlap_seen(found)) is not None:
                     sums.append(shared)
         if len(self._images) < SHOWN:
             self._images.append((_title(look), _image(look, image)))
@@ -199,7 +200,7 @@ def _stages(look: Look, image: Image.Image) -> list[Html]:
     whole = embedded(seen(image, look.ground, STAGE_SIDE), "what the network saw", side=STAGE_SIDE)
     for branch in dict.fromkeys(stage.branch for stage in look.stages):
         of_branch = [stage for stage in look.stages if stage.branch == branch]
-        shown = _evenly(of_branch, STAGES)
+        shown = evenly(of_branch, STAGES)
         rows = [["coupled", whole, *(_stage(look, stage.name, stage.strength) for stage in shown)]]
         off = [_stage(look, stage.name, stage.uncoupled) for stage in shown if stage.uncoupled is not None]
         if len(off) == len(shown):
@@ -214,9 +215,3 @@ def _stages(look: Look, image: Image.Image) -> list[Html]:
 
 def _stage(look: Look, name: str, values: np.ndarray) -> Html:
     return embedded(feature_picture(values, look.ground, STAGE_SIDE), name, side=STAGE_SIDE)
-
-
-def _evenly(items: Sequence[Stage], count: int) -> Sequence[Stage]:
-    if len(items) <= count:
-        return items
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]

@@ -68,8 +68,8 @@ def resized(explanation: Explanation, size: tuple[int, int]) -> Explanation:
     return replace(explanation, size=size, region=scaled(explanation.region), box=box)
 
 
-def overlap(explanation: Explanation) -> float | None:
-    """How far the branches look at the same places, 0..1, at the size of a panel; None with one branch."""
+def overlap_seen(explanation: Explanation) -> float | None:
+    """The explanation's overlap as its panels show it, at their size: the same number for any size of the image."""
     scale = SIDE / max(explanation.size)
     height, width = (max(1, round(length * scale)) for length in explanation.size)
     return resized(explanation, (height, width)).overlap

@@ -60,14 +60,14 @@ def result_picture(result: Result, image: Image.Image, top: int) -> bytes:
 
 def explanation_json(explanation: Explanation, labels: tuple[str, ...]) -> dict[str, Any]:
     """What spoke for one answer as plain values; maps and layers as pictures."""
-    from chiasm.report.heat_panels import overlap
+    from chiasm.report.heat_panels import overlap_seen
 
     box = explanation.box
     return {
         "subject": explanation.subject,
         "label": labels[explanation.label],
         "scores": explanation.scores,
-        "overlap": overlap(explanation),
+        "overlap": overlap_seen(explanation),
         "region": list(explanation.region),
         "box": None if box is None else list(box),
         "maps": {name: data_url(grey(explanation.map_of(name))) for name in (*explanation.branches, FUSED)},

@@ -82,7 +82,7 @@ class ExplainResult:
 def explain(**flags: Any) -> ExplainResult:
     """Explain a model's answers; the keyword arguments are the fields of `ExplainConfig`.
 
-    Files go to `out`: index.html with everything; of each image NAME.png, what each branch looked at, and NAME.npz,
+    Files go to `out`: index.html, which needs no other file; of each image NAME.png, what each branch looked at, and NAME.npz,
     the raw maps; figure.png and features.png, all images side by side; measures.json; evaluation.json.
 
     Raises:
@@ -132,7 +132,7 @@ def _explanations_table(result: ExplainResult) -> Table:
     from rich.text import Text
 
     from chiasm.report.evaluation import tail
-    from chiasm.report.heat_panels import overlap
+    from chiasm.report.heat_panels import overlap_seen
 
     table = Table(box=None, pad_edge=False)
     branches = result.branches if len(result.branches) > 1 else ()
@@ -143,9 +143,9 @@ def _explanations_table(result: ExplainResult) -> Table:
     for image in result.images:
         for answer in image.answers:
             found, off = answer.explanation, answer.uncoupled
-            cells = [_share(found.scores.get(name)) for name in ("model", *branches)]
+            cells = [_percent(found.scores.get(name)) for name in ("model", *branches)]
             if branches:
-                cells += [_share(overlap(found)), _share(None if off is None else overlap(off))]
+                cells += [_percent(overlap_seen(found)), _percent(None if off is None else overlap_seen(off))]
             table.add_row(*map(Text, (tail(image.source), found.subject, *cells)))
     return table
 
@@ -154,18 +154,30 @@ def _evaluation_table(evaluation: Faithfulness) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from chiasm.report.explanation_measures import scores_table
+    from chiasm.report.explanation_measures import SHORT, known_measures
 
-    headers, rows = scores_table(evaluation)
-    table = Table(title=f"{evaluation.images:,} images, in percent", title_justify="left", box=None, pad_edge=False)
-    for i, header in enumerate(headers):
-        table.add_column(header, justify="right" if i > 1 else "left", no_wrap=i == 0)
-    for row in rows:
-        table.add_row(*map(Text, row))
+    # Two lines a row, for 80 columns: a value and below it its interval, beside it what chance is.
+    title = f"{evaluation.images:,} images, in percent, with 95 % intervals"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    measures = known_measures(evaluation)
+    table.add_column("map", no_wrap=True)
+    for header in (header for measure in measures for header in SHORT[measure]):
+        table.add_column(header, justify="right", no_wrap=True)
+    for scores in evaluation.maps:
+        cells = [Text.assemble(scores.name, ("" if scores.coupled else "\n  exchanges off", "dim"))]
+        for score in (getattr(scores, measure) for measure in measures):
+            if score is None:
+                cells += [Text("–"), Text("–")]
+                continue
+            low, high = score.value.low, score.value.high
+            interval = "" if low is None or high is None else f"\n{100 * low:.1f}–{100 * high:.1f}"
+            value, chance = (f"{100 * estimate.mean:.1f}" for estimate in (score.value, score.chance))
+            cells += [Text.assemble(value, (interval, "dim")), Text(chance)]
+        table.add_row(*cells)
     return table
 
 
-def _share(value: float | None) -> str:
+def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}"
 
 
