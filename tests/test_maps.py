@@ -14,7 +14,8 @@ from chiasm.config import Preprocess
 from chiasm.data.images import read_image
 from chiasm.errors import ChiasmError, UnknownNameError
 from chiasm.explaining.explainer import Explainer, open_explainer
-from chiasm.explaining.maps import choose, gradcam, gradient_rollout, rollout
+from chiasm.explaining.explainer import _covered as explainer_covered
+from chiasm.explaining.maps import choose, gradcam, gradient_rollout, on_canvas, rollout
 from chiasm.explaining.record import Attention, Feature, record
 from chiasm.model_file import ModelInfo
 from chiasm.models import create_model
@@ -31,7 +32,11 @@ def info(name: str, size: int = 64, **changes: object) -> ModelInfo:
 
 def explainer(name: str, size: int = 64, **options: object) -> Explainer:
     torch.manual_seed(0)
-    return Explainer(create_model(name, num_classes=3), info(name, size), device="cpu", **options)  # type: ignore[arg-type]
+    model = create_model(name, num_classes=3)
+    for part, parameter in model.named_parameters():  # what joins two networks adds nothing when new
+        if part == "scale" or (part.startswith("exchanges") and part.endswith(("to_map", "to_tokens"))):
+            nn.init.constant_(parameter, 0.5)
+    return Explainer(model, info(name, size), device="cpu", **options)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------------------- twins
@@ -62,8 +67,8 @@ def attentions(count: int = 3, prefix: int = 1, grid: tuple[int, int] = (3, 4)) 
     return made, gradients
 
 
-@pytest.mark.parametrize(("reads", "prefix"), [("class", 1), ("mean", 0), ("mean", 1)])
-def test_rollouts_are_rows_of_the_matrices_product(reads: str, prefix: int) -> None:
+@pytest.mark.parametrize(("reads", "prefix"), [((0,), 1), ((), 0), ((), 1), ((0, 1), 2)])
+def test_rollouts_are_rows_of_the_matrices_product(reads: tuple[int, ...], prefix: int) -> None:
     made, gradients = attentions(prefix=prefix)
     tokens = made[0].weights.shape[-1]
     followed, relevance = torch.eye(tokens), torch.eye(tokens)
@@ -71,10 +76,16 @@ def test_rollouts_are_rows_of_the_matrices_product(reads: str, prefix: int) -> N
         followed = (attention.weights[0].mean(0) + torch.eye(tokens)) / 2 @ followed
         spoke = (attention.weights * gradient).relu()[0].mean(0)
         relevance = relevance + spoke @ relevance
-    row = (lambda m: m[0]) if reads == "class" else (lambda m: m[prefix:].mean(0))
-    assert torch.allclose(rollout(made, reads).flatten(), row(followed)[prefix:], atol=1e-6)  # type: ignore[arg-type]
-    expected = row(relevance - torch.eye(tokens))[prefix:]
-    assert torch.allclose(gradient_rollout(made, gradients, reads).flatten(), expected, atol=1e-5)  # type: ignore[arg-type]
+    start = torch.zeros(tokens)
+    start[list(reads) if reads else slice(prefix, None)] = 1
+    start /= start.sum()
+    assert torch.allclose(rollout(made, reads).flatten(), (start @ followed)[prefix:], atol=1e-6)
+    expected = (start @ (relevance - torch.eye(tokens)))[prefix:]
+    assert torch.allclose(gradient_rollout(made, gradients, reads).flatten(), expected, atol=1e-5)
+    known = torch.rand(3, 4)
+    start = torch.cat([torch.zeros(prefix), known.flatten() / known.sum()])
+    expected = (start @ (relevance - torch.eye(tokens)))[prefix:]
+    assert torch.allclose(gradient_rollout(made, gradients, reads, known).flatten(), expected, atol=1e-5)
 
 
 def test_rollout_stays_within_windows_and_goes_on_to_finer_grids() -> None:
@@ -84,7 +95,7 @@ def test_rollout_stays_within_windows_and_goes_on_to_finer_grids() -> None:
     one_window[:, :, :, 0] = 1  # each window's tokens look at its first
     corners = torch.tensor([[r * 4 + c for r in (y, y + 1) for c in (x, x + 1)] for y in (0, 2) for x in (0, 2)])
     fine = Attention("model", "1", one_window, corners, 0, (4, 4), (4, 4), one_window)
-    found = rollout([fine, top], "mean")
+    found = rollout([fine, top], ())
     assert found.sum() == pytest.approx(1)
     assert torch.allclose(found[::2, ::2], torch.full((2, 2), 0.25 * (0.5 + 0.125)), atol=1e-6)
     assert torch.allclose(found[1::2], torch.full((2, 4), 1 / 32), atol=1e-6)
@@ -93,17 +104,67 @@ def test_rollout_stays_within_windows_and_goes_on_to_finer_grids() -> None:
 def test_slots_without_a_token_give_and_get_nothing() -> None:
     weights = torch.full((1, 1, 3, 3), 1 / 3)
     padded = Attention("model", "1", weights, torch.tensor([[0, 1, -1]]), 0, (1, 2), (4, 4), weights)
-    assert torch.allclose(rollout([padded], "mean"), torch.tensor([[0.25 + 1 / 6, 0.25 + 1 / 6]]))
+    assert torch.allclose(rollout([padded], ()), torch.tensor([[0.25 + 1 / 6, 0.25 + 1 / 6]]))
 
 
 def test_the_level_is_the_deepest_with_seven_places() -> None:
     def feature(side: int) -> Feature:
         values = torch.zeros(1, 2, side, side)
-        return Feature("model", str(side), values, values, lambda x: x)
+        return Feature("model", str(side), values, (4, 4), values, lambda x: x)
 
     assert choose([feature(28), feature(14), feature(4)]).name == "14"
     assert choose([feature(4), feature(6), feature(2)]).name == "6"
     assert choose([feature(28), feature(14), feature(4)], level=-1).name == "4"
+
+
+def test_a_map_that_reaches_over_the_canvas_is_cut() -> None:
+    five = torch.zeros(5, 5)
+    five[4, 4] = 1
+    cut = on_canvas(five, (32, 32), (144, 160))
+    assert cut.shape == (144, 160)
+    assert cut.argmax() // 160 >= 128  # the last place begins at 128, not at 144 * 4 / 5
+    assert on_canvas(five, (32, 32), (160, 160)) is five
+
+
+# ------------------------------------------------------------------------------------------- where on the image
+
+
+class Brightness(nn.Module):
+    """Answers with the brightness of the image, seen in places of 4 x 4 pixels."""
+
+    num_classes = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 1, 4, stride=4, bias=False)
+        nn.init.ones_(self.conv.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.conv(x).mean((1, 2, 3))
+        return torch.stack([seen, -seen], 1)
+
+
+@pytest.mark.parametrize("corner", [(8, 44), (44, 44), (30, 60), (40, 70)])
+@pytest.mark.parametrize(("crop", "wide"), [(1.0, True), (0.75, True), (1.0, False)])
+def test_the_heat_lies_where_the_light_is(corner: tuple[int, int], crop: float, wide: bool) -> None:
+    """From the canvas to the pixels of a photo of which the network saw the middle."""
+    about = ModelInfo(
+        architecture="brightness",
+        labels=("bright", "dark"),
+        preprocess=Preprocess(size=(64, 64), crop=crop, mean=(0.0,) * 3, std=(1.0,) * 3),
+    )
+    pixels = torch.zeros(3, 60, 120, dtype=torch.uint8)
+    row, column = corner
+    pixels[:, row : row + 8, column : column + 8] = 255
+    if not wide:
+        pixels, row, column = pixels.transpose(1, 2).contiguous(), column, row
+    (found,) = Explainer(Brightness(), about, device="cpu").explain(pixels, "a.png", label="bright")
+    heat = found.over_image(found.map_of("model"))
+    peak = np.unravel_index(heat.argmax(), heat.shape)
+    assert row - 1 <= peak[0] <= row + 8
+    assert column - 1 <= peak[1] <= column + 8
+    around = heat[max(0, row - 6) : row + 14, max(0, column - 6) : column + 14]
+    assert around.sum() > 0.9 * heat.sum()
 
 
 # -------------------------------------------------------------------------------------------------------- any network
@@ -122,6 +183,14 @@ def test_the_level_is_the_deepest_with_seven_places() -> None:
         ("mobilevitv2_050", 96, {"model/gradcam", "model/gradient_rollout"}),
         ("resnet10t", 96, {"model/gradcam"}),
         ("efficientnet_lite0", 96, {"model/gradcam"}),
+        ("swin_tiny_window7_224", 136, {"model/gradcam", "model/gradient_rollout"}),
+        ("swin_tiny_patch4_window7_224", 224, {"model/gradcam", "model/gradient_rollout"}),
+        ("deit_tiny_distilled_patch16_224", 224, {"model/gradcam", "model/gradient_rollout"}),
+        ("vit_tiny_r_s16_p8_224", 224, {"model/gradcam", "model/gradient_rollout"}),
+        ("cait_xxs24_224", 224, {"model/gradcam"}),
+        ("xcit_nano_12_p16_224", 224, {"model/gradcam"}),
+        ("convit_tiny", 224, {"model/gradcam"}),
+        ("hrnet_w18_small+vit_tiny_patch16_224:late", 64, {"conv/gradcam", "tokens/gradient_rollout"}),
     ],
 )
 def test_every_network_explains_itself(name: str, size: int, expected: set[str]) -> None:
@@ -130,11 +199,16 @@ def test_every_network_explains_itself(name: str, size: int, expected: set[str])
     assert expected <= set(found.maps)
     assert found.branches == one.branches
     assert (found.label, found.subject, found.size) == (1, "bee", (90, 140))
+    for feature in one.record(PIXELS).features:  # none is what attention makes of itself
+        assert "att" not in feature.name
     assert found.scores["model"] == pytest.approx(
         one.probabilities(one.canvas(PIXELS)[0])["model"][0, 1].item(), abs=1e-4
     )
-    for values in found.maps.values():
-        assert values.sum() == pytest.approx(1, abs=1e-3) or not values.any()
+    every = [one.explain(PIXELS, "a.jpg", label=label)[0] for label in (0, 1, 2)]
+    for method in found.maps:  # Grad-CAM of a class may find nothing that speaks for it, of all classes not
+        sums = [explanation.maps[method].sum() for explanation in every]
+        assert max(sums) == pytest.approx(1, abs=1e-3)
+        assert all(total == pytest.approx(1, abs=1e-3) or total == 0 for total in sums)
     (predicted,) = one.explain(PIXELS, "a.jpg")
     best = one.probabilities(one.canvas(PIXELS)[0])["model"].argmax().item()
     assert predicted.label == best
@@ -178,8 +252,19 @@ def test_what_supported_a_box_is_about_the_box(head: str) -> None:
     for explanation in found:
         assert explanation.box is not None
         assert explanation.branches == ("conv", "tokens")
-        assert explanation.map_of("conv").sum() == pytest.approx(1, abs=1e-3)
-        assert explanation.map_of("conv").shape[0] >= 8
+        assert explanation.map_of("conv").shape == (16, 16)
+        heat = explanation.over_image(explanation.map_of("conv"))
+        left, top, right, bottom = explanation.box
+        box = np.zeros(heat.shape, bool)
+        box[int(top) : int(bottom) + 1, int(left) : int(right) + 1] = True
+        # More than even heat has there, mirrored heat less.
+        assert heat[box].sum() / heat.sum() > 1.2 * box.mean()
+        if abs(left + right - 140) > 60:
+            assert heat[box].sum() > heat[:, ::-1][box].sum()
+        (again,) = one.explain(PIXELS, "a.jpg", box=explanation.box)
+        assert again.box == explanation.box
+        assert np.allclose(again.map_of("conv"), explanation.map_of("conv"), atol=1e-6)
+    assert one.explain(PIXELS, "a.jpg", box=(0, 0, 1, 1)) == []
     assert one.explain(PIXELS, "a.jpg", label=found[0].label, top=1)[0].label == found[0].label
 
 
@@ -190,7 +275,13 @@ def test_the_regions_of_a_segmenter() -> None:
     one = Explainer(model, info(COUPLED, 64, task="segment"), device="cpu")
     found = one.explain(PIXELS, "a.jpg")
     assert found
-    assert all(explanation.map_of("tokens").sum() == pytest.approx(1, abs=1e-3) for explanation in found)
+    for explanation in found:
+        assert explanation.map_of("tokens").sum() == pytest.approx(1, abs=1e-3)
+        assert not np.allclose(explanation.map_of("tokens", "gradcam").sum(0), explanation.map_of("tokens").sum(0))
+    # The canvas is higher than the image: what lies beside it is nobody's region.
+    covered = explainer_covered(one.canvas(PIXELS)[1])
+    assert covered.sum() == 64 * round(64 * 90 / 140)
+    assert not covered[0].any()
     with pytest.raises(ChiasmError, match="classifier"):
         one.probabilities(torch.zeros(1, 3, 64, 64))
 

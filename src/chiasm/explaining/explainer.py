@@ -16,24 +16,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 from chiasm.data.placement import Placement, cover
 from chiasm.data.transforms import eval_transform
 from chiasm.data.views import Viewer
 from chiasm.errors import ChiasmError, UnknownNameError
-from chiasm.explaining.maps import choose, gradcam, gradient_rollout, rollout
+from chiasm.explaining.maps import choose, gradcam, gradient_rollout, on_canvas, rollout
 from chiasm.explaining.record import Feature, Recording, record, uncoupled
 from chiasm.inference import optimize
 from chiasm.model_file import ModelInfo, resolve_model
 from chiasm.models import set_input_size
 from chiasm.models.taps import taps_of
 from chiasm.predictor import choose_device
-from chiasm.results import Detections, Explanation, Segmentation
+from chiasm.results import Explanation, Segmentation
 from chiasm.results.explanation import FUSED
 from chiasm.tasks import make_task
 from chiasm.tasks.classify import mean_logits
 
-COARSEST_SHOWN = 8  # px: maps of an object or region are shown at this stride, where the network has no coarser alone
+FINEST = 8  # px: maps of an object or a region have places of this side
+SAME_PLACE = 0.5  # IoU of two boxes that are of one object
 
 
 def open_explainer(
@@ -49,10 +51,11 @@ def open_explainer(
 
 
 class Explainer:
-    """Heat maps of a model's answers.
+    """Heat maps of a model's answers; for one thread at a time.
 
     Args:
-        model: any timm model with `len(info.labels)` classes, or one `with_head`.
+        model: any timm model with `len(info.labels)` classes, or one `with_head`. It is put into evaluation mode, and
+            its weights no longer ask for gradients.
         info: what a model file says of it.
         device: 'auto', 'cpu', 'cuda' ...
         image_size: side of the square input in pixels; default: what the model was made for. Larger gives finer maps
@@ -67,7 +70,7 @@ class Explainer:
         exchanges: whether its coupling can be turned off.
 
     Raises:
-        ChiasmError: for a device that is not here, a size that the model cannot take, a level it does not have.
+        ChiasmError: for a device that is not here, a size that the model cannot take, a network without a head.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class Explainer:
                 raise ChiasmError(f"image_size is {image_size}: expected 1 or more.")
             set_input_size(getattr(model, "backbone", model) if self._dense else model, (image_size, image_size))
             info = replace(info, preprocess=replace(info.preprocess, size=(image_size, image_size)))
+        if not self._dense and getattr(model, "num_classes", 1) == 0:
+            raise ChiasmError(f"{info.architecture} has no head, so it names no class that could be explained.")
         self.info = info
         self.device = choose_device(device)
         model = model.eval().requires_grad_(False).to(self.device)
@@ -122,7 +127,14 @@ class Explainer:
         return _probabilities(outputs)
 
     def explain(
-        self, pixels: Tensor, source: str, *, label: str | int | None = None, coupled: bool = True, top: int = 3
+        self,
+        pixels: Tensor,
+        source: str,
+        *,
+        label: str | int | None = None,
+        coupled: bool = True,
+        top: int = 3,
+        box: Sequence[float] | None = None,
     ) -> list[Explanation]:
         """What spoke for the answers to an image.
 
@@ -132,6 +144,8 @@ class Explainer:
             label: the class to explain, by name or index; default: the predicted one.
             coupled: False turns the exchanges between the branches off.
             top: of a detector the objects, of a segmenter the regions that are explained at most.
+            box: of a detector, left, top, right, bottom in pixels of the image: only the object is explained whose box
+                overlaps this one most, by half of what both cover at least (IoU).
 
         Returns:
             Of a classifier one explanation; of a detector one for each of the best objects, of a segmenter for each of
@@ -144,7 +158,12 @@ class Explainer:
         canvas, placement = self.canvas(pixels)
         with torch.enable_grad():
             seen = self._record(canvas.requires_grad_(), coupled)
-            answers = self._answers(seen.outputs, source, placement, wanted, top)
+            if self.info.task == "classify":
+                answers = self._classes(seen.outputs, wanted)
+            elif self.info.task == "segment":
+                answers = self._regions(seen.outputs, source, placement, wanted, top)
+            else:
+                answers = self._objects(seen.outputs, placement, wanted, top, box)
             return [self._explanation(seen, answer, placement, source) for answer in answers]
 
     def _record(self, canvas: Tensor, coupled: bool) -> Recording:
@@ -163,15 +182,6 @@ class Explainer:
 
     # -------------------------------------------------------------------------------------------------------- answers
 
-    def _answers(
-        self, outputs: Any, source: str, placement: Placement, wanted: int | None, top: int
-    ) -> Iterator[_Answer]:
-        if self.info.task == "classify":
-            return self._classes(outputs, wanted)
-        if self.info.task == "segment":
-            return self._regions(outputs, source, placement, wanted, top)
-        return self._objects(outputs, source, placement, wanted, top)
-
     def _classes(self, outputs: dict[str, Tensor], wanted: int | None) -> Iterator[_Answer]:
         chances = {name: values[0] for name, values in _probabilities(outputs).items()}
         label = int(chances["model"].argmax()) if wanted is None else wanted
@@ -181,22 +191,21 @@ class Explainer:
         yield _Answer(label, self.info.labels[label], values, scores)
 
     def _objects(
-        self, outputs: Any, source: str, placement: Placement, wanted: int | None, top: int
+        self, outputs: Any, placement: Placement, wanted: int | None, top: int, box: Sequence[float] | None
     ) -> Iterator[_Answer]:
-        with torch.no_grad():
-            (found,) = self._task.decode(outputs, [source], [[placement]])
         (raw,) = self._task.model.detect(outputs)
-        assert isinstance(found, Detections)
         boxes = placement.to_original(raw["boxes"].detach().cpu())
-        shown = 0
-        for i in range(len(raw["scores"])):
-            label, box = int(raw["labels"][i]), tuple(boxes[i].tolist())
-            if shown == top or wanted not in (None, label) or box[2] <= box[0] or box[3] <= box[1]:
-                continue
-            shown += 1
-            score = float(raw["scores"][i].detach())
+        there = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        if wanted is not None:
+            there &= raw["labels"].cpu() == wanted
+        if box is not None:
+            shared = box_iou(boxes, torch.tensor([list(box)], dtype=boxes.dtype)).squeeze(1) * there
+            there &= (shared == shared.max() if len(shared) else there) & (shared >= SAME_PLACE)
+        for i in there.nonzero().squeeze(1).tolist()[:top]:
+            label, score = int(raw["labels"][i]), float(raw["scores"][i].detach())
             subject = f"{self.info.labels[label]} {score:.0%}"
-            yield _Answer(label, subject, dict.fromkeys(self.branches, raw["scores"][i]), {"model": score}, box)
+            values = dict.fromkeys(self.branches, raw["scores"][i])
+            yield _Answer(label, subject, values, {"model": score}, tuple(boxes[i].tolist()))
 
     def _regions(
         self, outputs: Tensor, source: str, placement: Placement, wanted: int | None, top: int
@@ -208,7 +217,7 @@ class Explainer:
         names = list(found.shares) if wanted is None else [self.info.labels[wanted]]
         for name in names[:top]:
             label = self.info.labels.index(name)
-            here = predicted == label
+            here = (predicted == label) & _covered(placement).to(predicted.device)
             if not here.any():
                 continue
             score = outputs[0].detach().softmax(0)[label][here].mean()
@@ -238,6 +247,7 @@ class Explainer:
         return replace(explanation, maps=maps | {FUSED: _mean([explanation.map_of(b) for b in explanation.branches])})
 
     def _maps_of(self, seen: Recording, branch: str, value: Tensor) -> dict[str, Tensor]:
+        """The maps of a branch, by method; each of the canvas and no more."""
         features = [f for f in seen.features if f.branch == branch and f.raw.requires_grad]
         attentions = [a for a in seen.attentions if a.branch == branch and a.raw.requires_grad]
         roots = [*(feature.raw for feature in features), *(attention.raw for attention in attentions)]
@@ -250,43 +260,50 @@ class Explainer:
         maps: dict[str, Tensor] = {}
         with torch.no_grad():
             spoke = _with_gradients(features, of_features)
-            start = None
-            if self._dense:
-                maps["gradcam"] = self._cam_of_part(spoke, seen)
-                # What the head reads of the tokens are all of them: each is worth what it said for the answer.
-                start = gradcam(*spoke[-1][1:], local=True) if spoke and attentions else None
-            elif spoke:
-                maps["gradcam"] = gradcam(*self._chosen(spoke))
+            if features:
+                maps["gradcam"] = (
+                    self._cam_of_part(spoke, seen.canvas) if self._dense else self._cam(spoke, seen.canvas)
+                )
             if attentions:
                 full = [
                     torch.zeros_like(attention.weights) if gradient is None else gradient.expand_as(attention.weights)
                     for attention, gradient in zip(attentions, of_attentions, strict=True)
                 ]
-                if not self._dense:  # it is the same whatever the object
-                    maps["rollout"] = rollout(attentions, self._taps.reads)
-                maps["gradient_rollout"] = gradient_rollout(attentions, full, self._taps.reads, start)
+                reads, start = self._taps.reads, None
+                if self._dense:  # the head reads all tokens: each is worth what it said for the answer
+                    start = gradcam(*spoke[-1][1:], local=True) if spoke else None
+                else:  # plain rollout is the same whatever the object
+                    maps["rollout"] = rollout(attentions, reads)
+                maps["gradient_rollout"] = gradient_rollout(attentions, full, reads, start)
+                for name in {"rollout", "gradient_rollout"} & set(maps):
+                    maps[name] = on_canvas(maps[name], attentions[0].stride, seen.canvas)
         return {name: values.float().cpu() for name, values in maps.items()}
 
-    def _chosen(self, spoke: list[_Spoke]) -> tuple[Tensor, Tensor]:
+    def _cam(self, spoke: list[_Spoke], canvas: tuple[int, int]) -> Tensor:
+        if not spoke:
+            return torch.zeros(1, 1)
+        feature, values, gradient = self._chosen(spoke)
+        return on_canvas(gradcam(values, gradient), feature.stride, canvas)
+
+    def _chosen(self, spoke: list[_Spoke]) -> _Spoke:
         if self._level is not None and not -len(spoke) <= self._level < len(spoke):
             raise ChiasmError(f"level is {self._level}: this model has {-len(spoke)} (the finest) to -1 (the deepest).")
         chosen = choose([feature for feature, *_ in spoke], self._level)
-        return next((values, gradient) for feature, values, gradient in spoke if feature is chosen)
+        return next(one for one in spoke if one[0] is chosen)
 
-    def _cam_of_part(self, spoke: list[_Spoke], seen: Recording) -> Tensor:
+    def _cam_of_part(self, spoke: list[_Spoke], canvas: tuple[int, int]) -> Tensor:
         """For a part of the image: the features of every stage, since a small object speaks through finer ones than a
         large one; each place by its own gradient."""
-        finest = max(1, seen.canvas[0] // COARSEST_SHOWN), max(1, seen.canvas[1] // COARSEST_SHOWN)
-        cams = [gradcam(values, gradient, local=True) for _, values, gradient in _last_of_stages(spoke)]
-        if not cams:
-            return torch.zeros(finest)
-        size = max((tuple(cam.shape) for cam in cams if cam.shape[0] <= finest[0]), default=tuple(cams[-1].shape))
-        resized = [
-            F.interpolate(cam[None, None], size=size, mode="bilinear", align_corners=False, antialias=True)[0, 0]
-            * (cam.numel() / (size[0] * size[1]))
-            for cam in cams
-        ]
-        return torch.stack(resized).sum(0)
+        size = max(1, canvas[0] // FINEST), max(1, canvas[1] // FINEST)
+        whole = torch.zeros(size)
+        for feature, values, gradient in _last_of_stages(spoke):
+            cam = on_canvas(gradcam(values, gradient, local=True), feature.stride, canvas)
+            spread = F.interpolate(cam[None, None], size=size, mode="bilinear", align_corners=False, antialias=True)[
+                0, 0
+            ]
+            # Per place a coarse map says more, for its places are larger: all count by what they say of the image.
+            whole = whole.to(spread) + spread * (gradient.shape[-2] * gradient.shape[-1] / (size[0] * size[1]))
+        return whole
 
 
 class _Answer:
@@ -299,6 +316,14 @@ class _Answer:
 
 
 _Spoke = tuple[Feature, Tensor, Tensor]  # features with their map and the gradient of it
+
+
+def _covered(placement: Placement) -> Tensor:
+    """(h, w) bool: where on the canvas the image lies."""
+    whole = torch.zeros(placement.canvas, dtype=torch.bool)
+    (top, left), (height, width) = placement.offset, placement.resized
+    whole[max(0, top) : top + height, max(0, left) : left + width] = True
+    return whole
 
 
 def _with_gradients(features: Sequence[Feature], gradients: Sequence[Tensor | None]) -> list[_Spoke]:

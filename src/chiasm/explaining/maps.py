@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chiasm.explaining.record import Attention, Feature
-from chiasm.models.taps import Reads
+from chiasm.models.taps import Reads, Size
 
 LEAST = 7  # places a side that a map for Grad-CAM has where the network offers one
 
@@ -46,10 +46,10 @@ def choose(features: Sequence[Feature], level: int | None = None) -> Feature:
 
 
 def rollout(attentions: Sequence[Attention], reads: Reads) -> Tensor:
-    """(h, w) of the first block's grid, sums to 1: where the head's tokens come from, whatever the class."""
-    worth = _start(attentions[-1], reads)
+    """(h, w) of the first block's grid, sums to 1: whence the tokens that the head reads come, for any class."""
+    worth, of = _start(attentions[-1], reads), attentions[-1]
     for attention in reversed(attentions):
-        worth = _on_grid(worth, attention)
+        worth, of = _on_grid(worth, of, attention), attention
         worth = (worth + _given(worth, attention.weights.mean(1), attention)) / 2
     return _patches(worth, attentions[0])
 
@@ -62,25 +62,38 @@ def gradient_rollout(
     Args:
         attentions: of one branch, in order.
         gradients: of the answer with respect to the `raw` of each.
-        reads: what the head makes of the tokens.
-        start: (h, w) what each token is worth to the answer, where that is known; default: what `reads` says.
+        reads: the tokens that the head reads.
+        start: (h, w) from 0, what each token is worth to the answer, where that is known; where it is not, or nothing
+            is, what `reads` says.
     """
-    first = _start(attentions[-1], reads, start)
-    worth, alone = first, first  # `alone`: what there would be without any attention
+    of = attentions[-1]
+    worth = alone = _start(of, reads, start)  # `alone`: what there would be without any attention
     for attention, gradient in zip(reversed(attentions), reversed(gradients), strict=True):
-        worth, alone = _on_grid(worth, attention), _on_grid(alone, attention)
+        worth, alone, of = _on_grid(worth, of, attention), _on_grid(alone, of, attention), attention
         spoke = (attention.weights * gradient).relu().mean(1)
         worth = worth + _given(worth, spoke, attention)
-    return _patches(worth if start is not None else worth - alone, attentions[0])
+    return _patches(worth - alone, attentions[0])
+
+
+def on_canvas(values: Tensor, stride: tuple[float, float], canvas: Size) -> Tensor:
+    """A map (h, w) whose places lie `stride` pixels apart, on the canvas alone: cut where it reaches over.
+
+    As it is where it spans the canvas; else a pixel of it is a pixel of the canvas.
+    """
+    reach = round(values.shape[0] * stride[0]), round(values.shape[1] * stride[1])
+    if reach == canvas or reach[0] < canvas[0] or reach[1] < canvas[1]:
+        return values
+    whole = F.interpolate(values[None, None], size=reach, mode="bilinear", align_corners=False)[0, 0]
+    return whole[: canvas[0], : canvas[1]]
 
 
 def _start(last: Attention, reads: Reads, start: Tensor | None = None) -> Tensor:
-    """(P + h * w,): what each token of the last block is worth to the head."""
+    """(P + h * w,), sums to 1: what each token of the last block is worth to the head."""
     worth = last.weights.new_zeros(last.prefix + last.grid[0] * last.grid[1])
     if start is not None and start.sum() > 0:
         worth[last.prefix :] = _resized(start, last.grid).flatten() / start.sum()
-    elif reads == "class" and last.prefix:
-        worth[0] = 1
+    elif reads and last.prefix:
+        worth[list(reads)] = 1 / len(reads)
     else:
         worth[last.prefix :] = 1 / (last.grid[0] * last.grid[1])
     return worth
@@ -95,22 +108,22 @@ def _given(worth: Tensor, weights: Tensor, attention: Attention) -> Tensor:
     return torch.zeros_like(worth).index_add_(0, slots[there], gives[there])
 
 
-def _on_grid(worth: Tensor, attention: Attention) -> Tensor:
-    """The same worth on the grid of another block: shared by the places that a token was made of."""
-    tokens = attention.prefix + attention.grid[0] * attention.grid[1]
-    if len(worth) == tokens:
+def _on_grid(worth: Tensor, of: Attention, wanted: Attention) -> Tensor:
+    """What tokens are worth, from the grid of one block to that of another: shared by what each was made of."""
+    if of.grid == wanted.grid:
         return worth
-    places = len(worth) - attention.prefix  # prefixes stay: grids alone differ within a network
-    height = next(h for h in _heights(places, attention.grid))
-    grid = worth[attention.prefix :].view(height, places // height)
-    return torch.cat([worth[: attention.prefix], _resized(grid, attention.grid).flatten()])
+    grid = worth[of.prefix :].view(of.grid)
+    reach = [round(n * own / new) for n, own, new in zip(of.grid, of.stride, wanted.stride, strict=True)]
+    # A coarser grid reaches further over the canvas's edge than a finer one.
+    shared = _resized(grid, (max(reach[0], wanted.grid[0]), max(reach[1], wanted.grid[1])))
+    shared = shared[: wanted.grid[0], : wanted.grid[1]] * (grid.sum() / _kept(shared, wanted.grid))
+    return torch.cat([worth[: of.prefix], shared.flatten()])
 
 
-def _heights(places: int, like: tuple[int, int]) -> list[int]:
-    """Heights that a grid of so many places can have, the one with proportions most like `like` first."""
-    wanted = like[0] / like[1]
-    divisors = [h for h in range(1, places + 1) if places % h == 0]
-    return sorted(divisors, key=lambda h: abs(torch.tensor(h * h / places / wanted).log().item()))
+def _kept(values: Tensor, size: Size) -> Tensor:
+    """The sum within the first places; 1 where there is nothing, to divide by."""
+    kept = values[: size[0], : size[1]].sum()
+    return kept if kept > 0 else kept + 1
 
 
 def _resized(values: Tensor, size: tuple[int, int]) -> Tensor:

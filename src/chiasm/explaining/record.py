@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from chiasm.errors import ChiasmError
+from chiasm.layers.by_hand import watched
 from chiasm.layers.tokens import tokens_to_map
 from chiasm.models.taps import AttentionTap, ExchangeTap, FeatureTap, Places, Size, Taps, taps_of
 
-FEWEST = 4  # places that a map has at least
+FEWEST = 2  # places a side that a map has at least
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Feature(NamedTuple):
     Attributes:
         branch, name: 'conv', 'block 3'.
         map: (1, C, h, w).
+        stride: pixels of the canvas from place to place, down and across; a map may reach over the canvas.
         raw: the tensor in the graph.
         lay: from `raw`, or its gradient, to a map.
     """
@@ -74,6 +76,7 @@ class Feature(NamedTuple):
     branch: str
     name: str
     map: Tensor
+    stride: tuple[float, float]
     raw: Tensor
     lay: Callable[[Tensor], Tensor | None]
 
@@ -149,7 +152,7 @@ def _features(model: nn.Module, taps: Taps, seen: Recording) -> Iterator[None]:
         model.get_submodule(tap.module).register_forward_hook(partial(_keep_feature, seen, tap))
         for tap in taps.features
     ]
-    outputs: list[tuple[str, Tensor]] = []
+    outputs: dict[Size, tuple[str, Tensor]] = {}
     if not taps.features:
         for name, module in model.named_modules():
             if name:
@@ -158,60 +161,47 @@ def _features(model: nn.Module, taps: Taps, seen: Recording) -> Iterator[None]:
         yield
     finally:
         _remove(hooks)
-    seen.features += _last_of_each_size(model, outputs, seen.canvas)
+    seen.features += [
+        Feature("model", name, raw, _spanning(raw, seen.canvas), raw, _as_it_is)
+        for size, (name, raw) in outputs.items()
+        if _is_grid(size, seen.canvas)
+    ]
 
 
 def _keep_feature(seen: Recording, tap: FeatureTap, module: nn.Module, args: Any, output: Any) -> None:
-    raw = tap.pick(output)
+    raw = tap.pick(args, output)
     lay = partial(_laid, tap.lay, seen.canvas)
     laid = lay(raw)
     if laid is not None:
-        seen.features.append(Feature(tap.branch, tap.name, laid, raw, lay))
+        stride = tap.stride or _spanning(laid, seen.canvas)
+        seen.features.append(Feature(tap.branch, tap.name, laid, stride, raw, lay))
 
 
 def _laid(lay: Callable[[Tensor, Size], Tensor | None], canvas: Size, x: Tensor) -> Tensor | None:
     return lay(x, canvas)
 
 
-def _keep_output(outputs: list[tuple[str, Tensor]], name: str, module: nn.Module, args: Any, output: Any) -> None:
-    if isinstance(output, Tensor) and output.ndim in (3, 4) and len(output) == 1:
-        outputs.append((name, output))
+def _spanning(laid: Tensor, canvas: Size) -> tuple[float, float]:
+    return canvas[0] / laid.shape[-2], canvas[1] / laid.shape[-1]
 
 
-def _last_of_each_size(model: nn.Module, outputs: list[tuple[str, Tensor]], canvas: Size) -> list[Feature]:
-    """Of a network that nobody knows: the last map of each resolution, from the finest on."""
-    prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
-    last_axis = getattr(model, "output_fmt", "NCHW") == "NHWC"
-    found: dict[Size, Feature] = {}
-    for name, raw in outputs:
-        lay = partial(_map_of, prefix=prefix, last_axis=last_axis, canvas=canvas)
-        laid = lay(raw)
-        if laid is not None:
-            size = (laid.shape[-2], laid.shape[-1])
-            found.pop(size, None)  # a later one stands later
-            found[size] = Feature("model", name, laid, raw, lay)
-    return list(found.values())
+def _keep_output(outputs: dict[Size, tuple[str, Tensor]], name: str, module: nn.Module, args: Any, output: Any) -> None:
+    """Of a network that does not name its maps: the last output of each resolution, but for what attention makes."""
+    if isinstance(output, Tensor) and output.ndim == 4 and len(output) == 1 and "att" not in name.lower():
+        size = output.shape[-2], output.shape[-1]
+        outputs.pop(size, None)  # a later one stands later
+        outputs[size] = name, output
 
 
-def _map_of(x: Tensor, *, prefix: int, last_axis: bool, canvas: Size) -> Tensor | None:
-    """An output as a map (1, C, h, w) if its sides have the canvas's proportions; None where it is something else."""
-    if x.ndim == 3:
-        places = x.shape[1] - prefix
-        height = round((places * canvas[0] / canvas[1]) ** 0.5) if places > 0 else 0
-        if height < 2 or places % height or not _is_grid((height, places // height), canvas):
-            return None
-        return tokens_to_map(x[:, prefix:], (height, places // height))
-    for axes in ((1, 2), (2, 3)) if last_axis else ((2, 3), (1, 2)):
-        if _is_grid((x.shape[axes[0]], x.shape[axes[1]]), canvas):
-            return x if axes == (2, 3) else x.permute(0, 3, 1, 2)
-    return None
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _is_grid(size: Size, canvas: Size) -> bool:
     """Whether a map of that size can be the canvas at some stride: one for both axes, up to the rounding of sides."""
     down, across = canvas[0] / size[0], canvas[1] / size[1]
     near = abs(size[0] - canvas[0] / across) <= 1 and abs(size[1] - canvas[1] / down) <= 1
-    return size[0] * size[1] >= FEWEST and min(size) > 1 and down >= 2 and across >= 2 and near
+    return min(size) >= FEWEST and down >= 2 and across >= 2 and near
 
 
 # --------------------------------------------------------------------------------------------------------- exchanges
@@ -252,7 +242,7 @@ def _attentions(model: nn.Module, taps: Taps, seen: Recording) -> Iterator[None]
         hooks.append(module.register_forward_pre_hook(partial(watch.enter, tap)))
         hooks.append(module.register_forward_hook(watch.leave))
     try:
-        with watch:
+        with watched(), watch:
             yield
     finally:
         _remove(hooks)

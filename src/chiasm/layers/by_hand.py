@@ -8,7 +8,9 @@ many CPUs is faster than the library that PyTorch asks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -19,6 +21,19 @@ from torch import Tensor, nn
 from chiasm.layers.fused import FusedLinear
 
 PART = 2**20  # numbers in the largest intermediate of one part: 4 MB, which the outer cache holds
+
+
+_watched: ContextVar[bool] = ContextVar("watched", default=False)
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """While this lasts nothing is done by hand: somebody watches PyTorch's functions, which would be left out."""
+    token = _watched.set(True)
+    try:
+        yield
+    finally:
+        _watched.reset(token)
 
 
 def eager() -> bool:
@@ -44,7 +59,7 @@ def by_hand(*tensors: Tensor | None, half: bool = False) -> bool:
         and any(tensor.requires_grad for tensor in given)
         and all(t.dtype == dtype and t.is_cpu and type(t) in (Tensor, nn.Parameter) for t in given)
         and eager()
-        and not torch._C._len_torch_function_stack()  # somebody watches the functions that would be left out
+        and not _watched.get()
     )
 
 
