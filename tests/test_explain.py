@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torchvision.ops import box_iou
 
 import chiasm
 from chiasm.cli import main
@@ -24,11 +25,11 @@ from chiasm.explaining.explainer import Explainer
 from chiasm.explaining.faithfulness import Estimate, Faithfulness, MapScores, Score
 from chiasm.model_file import ModelInfo, preprocess_of, save_model
 from chiasm.models.heads import with_head
-from chiasm.report.explained import Answer, Look, Stage
+from chiasm.report.explained import Look, Stage
 from chiasm.report.explanation_measures import measures_sections
 from chiasm.report.heat_panels import Row, close_up, panels, sheet, shrunk, strength
 from chiasm.results import Explanation
-from chiasm.verbs.explain import _evaluation_table, _same
+from chiasm.verbs.explain import _evaluation_table
 
 NANO = "conformer_nano_patch4_32"
 LABELS = ("apple", "pear", "plum, dried", "quince")
@@ -162,12 +163,21 @@ def test_a_model_of_one_branch_has_one_row(architecture: str, size: int, photos:
     assert any(name.startswith("features/model/") for name in _arrays(image.arrays))
 
 
-def test_a_detector_and_a_segmenter(photos: list[str], tmp_path: Path) -> None:
+def test_a_detector_and_a_segmenter(photos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: passes.append(1) or grad(*args, **options))
     detector = _dense(tmp_path / "detector.safetensors", "detect", "fcos")
     found = chiasm.explain(
         model=detector, images=photos[:1], out=tmp_path / "boxes", top=2, measures=False, device="cpu"
     )
     assert len(found.explanations) == 2
+    # With the coupling off what is found at the same place is explained and no other: a pass for each branch.
+    for answer in found.images[0].answers:
+        if (off := answer.uncoupled) is not None:
+            assert off.label == answer.explanation.label
+            assert box_iou(*(torch.tensor([one.box]) for one in (off, answer.explanation))).item() >= 0.5
+    uncoupled = sum(answer.uncoupled is not None for answer in found.images[0].answers)
+    assert len(passes) == 2 * (2 + uncoupled)
     assert all(one.box is not None for one in found.explanations)
     arrays = _arrays(found.images[0].arrays)
     maps = COUPLED_MAPS - {"tokens/rollout"}  # which says nothing of one object
@@ -438,16 +448,6 @@ def test_the_deepest_map_that_still_tells_places_apart() -> None:
     assert look.fine_stage("conv").name == "b"  # type: ignore[union-attr]
     assert replace(look, canvas=(1024, 1024)).fine_stage("conv").name == "c"  # type: ignore[union-attr]
     assert look.fine_stage("tokens") is None
-
-
-def test_the_same_object_is_found_by_its_place() -> None:
-    here = _explanation(box=(10, 10, 50, 50))
-    near, far = replace(here, box=(12, 10, 52, 50), subject="near"), replace(here, box=(90, 10, 130, 50))
-    assert _same(here, [far, near]) is near
-    assert _same(here, [far]) is None
-    assert _same(here, []) is None
-    assert _same(_explanation(), [far]) is far  # a class has no place
-    assert Answer(explanation=here).uncoupled is None
 
 
 def test_large_and_tiny_images(coupled: str, tmp_path: Path) -> None:

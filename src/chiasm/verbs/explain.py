@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from chiasm.report.html import Html
     from chiasm.results import Explanation
 
-    Box = tuple[float, float, float, float]
-
 _log = logging.getLogger("chiasm.explain")
 
 PAGE, MEASURES, EVALUATION = "index.html", "measures.json", "evaluation.json"
@@ -39,9 +37,6 @@ PAGE, MEASURES, EVALUATION = "index.html", "measures.json", "evaluation.json"
 OF_IMAGES = {"label": "--label", "top": "--top", "beside": "--beside", "measures": "--no-measures"}
 # Images that are measured, and rows of the figures: the first ones.
 MEASURED, ROWS = 32, 24
-# Objects among which one found with the coupling on is looked for with the coupling off, and what part of both boxes
-# together is in both at least.
-OTHERS, SAME_PLACE = 10, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +77,8 @@ class ExplainResult:
 def explain(**flags: Any) -> ExplainResult:
     """Explain a model's answers; the keyword arguments are the fields of `ExplainConfig`.
 
-    Files go to `out`: index.html, which needs no other file; of each image NAME.png, what each branch looked at, and NAME.npz,
-    the raw maps; figure.png and features.png, all images side by side; measures.json; evaluation.json.
+    Files go to `out`: index.html, which needs no other file; of each image NAME.png, what each branch looked at, and
+    NAME.npz, the raw maps; figure.png and features.png, all images side by side; measures.json; evaluation.json.
 
     Raises:
         ModelFileError, UnknownNameError: when `model` or one of `beside` names none, or the model has no such class.
@@ -455,10 +450,11 @@ def _look(
 
     found = explainer.explain(pixels, path, label=label, top=top)
     features = {"features/": explainer.record(pixels).features}
-    off: dict[int, list[Explanation]] = {}
+    off: list[Explanation | None] = [None] * len(found)
     if uncoupled and explainer.exchanges:
-        classes = dict.fromkeys(one.label for one in found)
-        off = {one: explainer.explain(pixels, path, label=one, coupled=False, top=OTHERS) for one in classes}
+        for i, one in enumerate(found):  # of an object or region what is found of its class, in its place
+            same = explainer.explain(pixels, path, label=one.label, coupled=False, top=1, box=one.box)
+            off[i] = same[0] if same else None
         features["uncoupled/features/"] = explainer.record(pixels, coupled=False).features
     canvas, placement = explainer.canvas(pixels)
     height, width = canvas.shape[-2:]
@@ -469,26 +465,10 @@ def _look(
     look = Look(
         ground=ground,
         canvas=(height, width),
-        answers=tuple(Answer(explanation=one, uncoupled=_same(one, off.get(one.label, []))) for one in found),
+        answers=tuple(Answer(explanation=one, uncoupled=same) for one, same in zip(found, off, strict=True)),
         stages=stages_of(*features.values()),
     )
     return look, features
-
-
-def _same(one: Explanation, others: Sequence[Explanation]) -> Explanation | None:
-    """Of the answers of its class with the coupling off the one that is about the same place; None where none is."""
-    if one.box is None:
-        return others[0] if others else None
-    shares = [_overlap(one.box, other.box) for other in others if other.box is not None]
-    best = max(shares, default=0.0)
-    return others[shares.index(best)] if best >= SAME_PLACE else None
-
-
-def _overlap(one: Box, other: Box) -> float:
-    """Of two boxes the part that is in both, of what is in either."""
-    width, height = (max(0.0, min(one[i + 2], other[i + 2]) - max(one[i], other[i])) for i in (0, 1))
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
-    return width * height / max(sum(areas) - width * height, 1e-9)
 
 
 def _figures(explainers: dict[str, Explainer]) -> dict[str, Comparison]:
