@@ -240,6 +240,7 @@ class Explainer:
             maps=maps,
             region=placement.region,
             box=answer.box,
+            whole=not self._dense,
         )
         return replace(explanation, maps=maps | {FUSED: _mean([explanation.map_of(b) for b in explanation.branches])})
 

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FUSED = "fused"
-# Of a branch's maps the first that it has stands for it.
+# Of a branch's maps the first that it has stands for it: of an answer about the image, and of one about a part of it,
+# where attention leads to what else was looked at.
 METHODS = ("gradient_rollout", "gradcam", "rollout")
+METHODS_OF_PART = ("gradcam", "gradient_rollout")
 # Where the first branch looks alone, and where the second does.
 ORANGE, BLUE = (230, 126, 20), (30, 110, 220)
 
@@ -33,6 +35,7 @@ class Explanation:
         region: left, top, right, bottom of what the maps cover, in pixels of the image: a part of it where the network
             saw its middle alone, more than it where it lay on a larger canvas.
         box: of an object its left, top, right, bottom in pixels of the image; None otherwise.
+        whole: whether the answer is about the image as a whole, not about an object or region.
 
     Raises:
         ValueError: for maps of another shape or range.
@@ -46,6 +49,7 @@ class Explanation:
     maps: dict[str, np.ndarray]
     region: tuple[float, float, float, float]
     box: tuple[float, float, float, float] | None = None
+    whole: bool = True
 
     def __post_init__(self) -> None:
         for name, values in self.maps.items():
@@ -63,14 +67,15 @@ class Explanation:
         return tuple(dict.fromkeys(name.partition("/")[0] for name in self.maps if name != FUSED))
 
     def map_of(self, branch: str, method: str | None = None) -> np.ndarray:
-        """The map (h, w) of a branch, or of 'fused', by that method or the first of `METHODS` that it has.
+        """The map (h, w) of a branch, or of 'fused', by that method or the first of `METHODS` (of an object or region
+        `METHODS_OF_PART`) that it has.
 
         Raises:
             KeyError: for one that is not there.
         """
         if branch == FUSED:
             return self.maps[FUSED]
-        names = [f"{branch}/{name}" for name in ((method,) if method else METHODS)]
+        names = [f"{branch}/{name}" for name in ((method,) if method else METHODS if self.whole else METHODS_OF_PART)]
         return self.maps[next((name for name in names if name in self.maps), names[0])]
 
     def over_image(self, values: np.ndarray) -> np.ndarray:
