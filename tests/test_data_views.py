@@ -239,3 +239,9 @@ def test_masks_stay_in_the_middle_of_their_boxes(zoom: float) -> None:
     rows, columns = placed.nonzero(as_tuple=True)
     centre = torch.stack((columns.float().mean(), rows.float().mean())) + 0.5
     torch.testing.assert_close(centre, torch.tensor([90.0, 110.0]) * side / 200, rtol=0, atol=0.12)
+
+
+def test_the_region_is_the_canvas_in_the_images_pixels() -> None:
+    """Of an image of 100 x 200 at half its size, cut off by 10 px on top and with 6 px of nothing at its left."""
+    placement = Placement(original=(100, 200), resized=(50, 100), offset=(-10, 6), canvas=(30, 120))
+    assert placement.region == pytest.approx((-12, 20, 228, 80))

@@ -27,7 +27,8 @@ from chiasm.model_file import ModelInfo, preprocess_of, save_model
 from chiasm.models.heads import with_head
 from chiasm.report.explained import Look, Stage
 from chiasm.report.explanation_measures import measures_sections
-from chiasm.report.heat_panels import Row, close_up, panels, sheet, shrunk, strength
+from chiasm.report.heat_panels import close_up, panels, shrunk, strength
+from chiasm.report.heat_sheet import Row, sheet
 from chiasm.results import Explanation
 from chiasm.verbs.explain import _evaluation_table
 

@@ -56,6 +56,13 @@ class Placement:
             x, y = x.clamp(0, self.original[1]), y.clamp(0, self.original[0])
         return torch.stack((x[:, 0], y[:, 0], x[:, 1], y[:, 1]), dim=1)
 
+    @property
+    def region(self) -> tuple[float, float, float, float]:
+        """The canvas, left, top, right, bottom in original pixels; it can reach over the image."""
+        canvas = torch.tensor([[0.0, 0.0, float(self.canvas[1]), float(self.canvas[0])]])
+        left, top, right, bottom = self.to_original(canvas, clip=False)[0].tolist()
+        return left, top, right, bottom
+
     def map_to_original(self, maps: Tensor) -> Tensor:
         """Maps (N, height, width) of the canvas at the image's size, (N, H, W); 0 where the image was cut off.
 

@@ -231,9 +231,6 @@ class Explainer:
         for branch in self.branches:
             for method, values in self._maps_of(seen, branch, answer.values[branch]).items():
                 maps[f"{branch}/{method}"] = _normalised(values)
-        # The region is told in pixels of the image: of what the network took, and of each map alike.
-        canvas = torch.tensor([[0.0, 0.0, float(placement.canvas[1]), float(placement.canvas[0])]])
-        left, top, right, bottom = placement.to_original(canvas, clip=False)[0].tolist()
         explanation = Explanation(
             source=source,
             size=placement.original,
@@ -241,7 +238,7 @@ class Explainer:
             label=answer.label,
             scores=answer.scores,
             maps=maps,
-            region=(left, top, right, bottom),
+            region=placement.region,
             box=answer.box,
             whole=not self._dense,
         )

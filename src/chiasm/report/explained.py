@@ -16,17 +16,16 @@ from chiasm.report.heat_panels import (
     BRANCHES,
     SMALL,
     Panel,
-    Row,
     feature_picture,
     heat_panel,
     overlap_seen,
     panels,
     resized,
     seen,
-    sheet,
     shrunk,
     strength,
 )
+from chiasm.report.heat_sheet import Row, sheet
 from chiasm.report.pictures import writing
 from chiasm.report.whole_file import whole
 from chiasm.results import Explanation

@@ -443,8 +443,6 @@ def _look(
 
     `uncoupled`: also with the coupling off, where that can be.
     """
-    import torch
-
     from chiasm.report.explained import Answer, Look, stages_of
     from chiasm.results import Explanation
 
@@ -456,15 +454,13 @@ def _look(
             same = explainer.explain(pixels, path, label=one.label, coupled=False, top=1, box=one.box)
             off[i] = same[0] if same else None
         features["uncoupled/features/"] = explainer.record(pixels, coupled=False).features
-    canvas, placement = explainer.canvas(pixels)
-    height, width = canvas.shape[-2:]
-    whole = placement.to_original(torch.tensor([[0.0, 0.0, width, height]]), clip=False)[0].tolist()
+    _, placement = explainer.canvas(pixels)
     ground = Explanation(
-        source=path, size=placement.original, subject="", label=-1, scores={}, maps={}, region=tuple(whole)
+        source=path, size=placement.original, subject="", label=-1, scores={}, maps={}, region=placement.region
     )
     look = Look(
         ground=ground,
-        canvas=(height, width),
+        canvas=placement.canvas,
         answers=tuple(Answer(explanation=one, uncoupled=same) for one, same in zip(found, off, strict=True)),
         stages=stages_of(*features.values()),
     )
