@@ -225,6 +225,13 @@ def _bomb() -> bytes:
     return start + (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
 
 
+def _endless() -> bytes:
+    """A progressive JPEG whose last pass over the pixels is repeated a hundred times."""
+    data = picture(kind="JPEG", progressive=True)
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + data[last:end] * 100 + data[end:]
+
+
 _FORM = "multipart/form-data; boundary=xyz"
 
 
@@ -237,6 +244,7 @@ _FORM = "multipart/form-data; boundary=xyz"
         (picture()[:-200], "image/png", (422, "image_unreadable")),
         (picture(kind="ICO", size=(32, 32)), "image/x-icon", (422, "image_unreadable")),
         (_bomb(), "image/png", (422, "too_many_pixels")),
+        (_endless(), "image/jpeg", (422, "image_unreadable")),
         (picture(size=(1000, 501), kind="JPEG", quality=5), "image/jpeg", (422, "too_many_pixels")),
         (b"/etc/passwd", "application/octet-stream", (422, "image_unreadable")),
         (b'{"url": "http://127.0.0.1/"}', "application/json", (415, "content_type")),

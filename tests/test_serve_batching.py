@@ -9,16 +9,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
 
+from chiasm.config import ServeConfig
+from chiasm.serving import service
 from chiasm.serving.batching import Batcher, Job, Lane, Order, Room
+from chiasm.serving.decoding import Turns
 from chiasm.serving.refusals import Refusal
-from chiasm.serving.served import Served
-from running_server import Running, classifier, picture, running, until
+from chiasm.serving.served import Models, Served
+from running_server import Running, classifier, finder, picture, running, until
 
 
 class _Model:
@@ -239,6 +243,43 @@ def test_decoding_keeps_to_one_thread_each() -> None:
         bench.batcher.stop()
         bench.loop.close()
         torch.set_num_threads(before)
+
+
+def test_pixels_that_are_decoded_at_a_time_are_bounded() -> None:
+    """In their order, so that a large image is not passed over for ever; what is larger than all goes alone."""
+    turns, log, go = Turns(100), [], {pixels: threading.Event() for pixels in (60, 1000, 40)}
+
+    def decode(pixels: int) -> None:
+        with turns.of(pixels):
+            log.append(pixels)
+            assert go[pixels].wait(10)
+
+    with ThreadPoolExecutor(3) as pool:
+        for pixels in go:
+            pool.submit(decode, pixels)
+            time.sleep(0.05)
+        for count, pixels in enumerate(list(go), 1):
+            until(lambda count=count: len(log) == count)
+            time.sleep(0.05)
+            assert log == list(go)[:count]
+            go[pixels].set()
+
+
+def test_masks_in_memory_are_of_as_many_pixels_as_one_image_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "memory_bytes", lambda: 4 << 30)
+    served = Served("cells", finder(tmp_path, "instances"), device="cpu")
+    made = service.Service(Models([served]), ServeConfig.from_flags(models=[]))
+    most = made._pixels(served)
+    assert most * int(served.info.head.get("detections", 100)) <= 1 << 30
+    lane = made._batcher.lanes["predict"]
+
+    async def wait() -> None:
+        lane.waiting.extend(Job(served, Order.of(1), 0, None, weight=most) for _ in range(3))
+
+    asyncio.run(wait())
+    assert len(lane.batch()) == 1
 
 
 def test_room_is_bounded_and_says_when() -> None:

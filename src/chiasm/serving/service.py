@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from chiasm.data.machine import cores, memory_bytes
 from chiasm.serving.batching import Batcher, Job, Lane, Order, Outcome, Room
-from chiasm.serving.decoding import decode
+from chiasm.serving.decoding import BYTES, Turns, decode
 from chiasm.serving.metrics import Metrics
 from chiasm.serving.refusals import Refusal
 from chiasm.serving.served import Models, Served
@@ -74,6 +74,7 @@ class Service:
         self.failure: Exception | None = None
         self._timeout = config.timeout
         self._held = Held(self.limits.held)
+        self._turns = Turns(memory_bytes() // 4 // BYTES)
         self._rooms = {
             "predict": Room(config.queue, "the queue"),
             "explain": Room(min(EXPLANATIONS, config.queue), "the queue of explanations"),
@@ -81,7 +82,7 @@ class Service:
         self.metrics = Metrics(lambda: sum(room.taken for room in self._rooms.values()))
         self._batcher = Batcher(
             {
-                "predict": Lane(_predict, config.batch, self.limits.pixels),
+                "predict": Lane(_predict, config.batch, min(map(self._pixels, models))),
                 "explain": Lane(lambda jobs: [job.ready() for job in jobs], 1, 0),
             },
             wait=config.wait_ms / 1000,
@@ -177,7 +178,7 @@ class Service:
                 raise Refusal(422, "one_image", f"{1 + len(others)} images: one is explained at a time.")
 
             def prepare(job: Job) -> Callable[[], Any]:
-                pixels = decode(upload.data, upload.name, self._pixels(served))
+                pixels = decode(upload.data, upload.name, self._pixels(served), self._turns)
                 size = (pixels.shape[1], pixels.shape[2])
                 return lambda: (served.explain(pixels, upload.name, label, top), size)
 
@@ -192,7 +193,7 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._batcher.pool, work, *args)
 
     def _look(self, served: Served, upload: Upload, job: Job) -> _Ready:
-        pixels = decode(upload.data, upload.name, self._pixels(served))
+        pixels = decode(upload.data, upload.name, self._pixels(served), self._turns)
         height, width = pixels.shape[1:]
         if served.info.task != "classify":
             job.weight = height * width
