@@ -11,7 +11,12 @@ from chiasm.serving.uploads import FIELD
 
 Task = Literal["classify", "detect", "instances", "segment"]
 _Share = Field(ge=0, le=1)
-_Url = Field(pattern="^data:image/png;base64,", examples=["data:image/png;base64,iVBORw0KGgo..."])
+_Url = Field(
+    default=None,
+    pattern="^data:image/png;base64,",
+    description="with overlay=true",
+    examples=["data:image/png;base64,iVBORw0KGgo..."],
+)
 
 
 class _Strict(BaseModel):
