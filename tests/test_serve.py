@@ -355,9 +355,25 @@ def test_browsers_are_kept_safe(here: Running) -> None:
     assert "https://" not in page
     friend = here.client.get("/v1/models", headers={"Origin": "https://example.org"})
     assert friend.headers["access-control-allow-origin"] == "https://example.org"
-    assert (
-        "access-control-allow-origin" not in here.client.get("/health", headers={"Origin": "https://evil.org"}).headers
-    )
+    foe = here.client.get("/health", headers={"Origin": "https://evil.org"})
+    assert "access-control-allow-origin" not in foe.headers
+
+
+def test_pages_of_other_sites_are_not_answered(here: Running, models: list[Served]) -> None:
+    """Without a key, neither what they send here nor under a name of theirs that leads here."""
+    port = here.url.rpartition(":")[2]
+    for host in ("evil.org", f"evil.org:{port}", "127.0.0.1.evil.org", "192.168.1.5", "[::1", "a@b@c", ""):
+        for path in ("/", "/v1/models", "/metrics", "/openapi.json"):
+            assert _error(here.client.get(path, headers={"Host": host})) == (403, "host"), host
+    for host in (f"localhost:{port}", "LOCALHOST", f"127.0.0.1:{port}", f"[::1]:{port}", "127.0.0.1"):
+        for origin in (f"http://{host}", "https://example.org"):
+            assert _post(here, picture(), headers={"Host": host, "Origin": origin}).status_code == 200, host
+    for origin in ("https://evil.org", "null", f"https://127.0.0.1:{port}", "http://127.0.0.1:1", "http://example.org"):
+        assert _error(_post(here, picture(), headers={"Origin": origin})) == (403, "origin"), origin
+    assert 'chiasm_rejected_total{code="origin"}' in here.client.get("/metrics").text
+    with running(models[0], key="open-sesame") as server:
+        headers = {"Host": "evil.org", "Origin": "https://evil.org", "X-API-Key": "open-sesame"}
+        assert _post(server, picture(), headers=headers).status_code == 200
 
 
 def test_openapi_describes_every_route(here: Running) -> None:
@@ -365,7 +381,12 @@ def test_openapi_describes_every_route(here: Running) -> None:
     assert set(api["paths"]) == {"/v1/predict", "/v1/explain", "/v1/models", "/health", "/ready", "/metrics"}
     predict = api["paths"]["/v1/predict"]["post"]
     assert {"multipart/form-data", "image/jpeg", "application/octet-stream"} <= set(predict["requestBody"]["content"])
-    assert {"200", "401", "404", "413", "415", "422", "429", "503", "504"} <= set(predict["responses"])
+    assert {"200", "401", "403", "404", "413", "415", "422", "429", "500", "503", "504"} <= set(predict["responses"])
+    for route in api["paths"].values():
+        (described,) = route.values()
+        assert {"200", "403", "500"} <= set(described["responses"])
+        for status in {"429", "503"} & set(described["responses"]):
+            assert "Retry-After" in described["responses"][status]["headers"]
     for status, response in predict["responses"].items():
         if status != "200":
             schemas.Error.model_validate(response["content"]["application/json"]["example"])
@@ -437,6 +458,8 @@ def test_a_key_is_asked_for(models: list[Served]) -> None:
             assert server.client.get(path, headers={"Authorization": "Bearer open-sesame"}).status_code == 200
         assert _error(_post(server, picture(), top=0)) == (401, "key")
         api = server.client.get("/openapi.json", headers={"X-API-Key": "open-sesame"}).json()
+        example = api["paths"]["/v1/models"]["get"]["responses"]["401"]["content"]["application/json"]["example"]
+        assert example == server.client.get("/v1/models").json()
         assert len(api["paths"]["/v1/predict"]["post"]["security"]) == 2
 
 

@@ -18,7 +18,7 @@ from chiasm.errors import UnknownNameError
 from chiasm.results import Detections, Explanation
 from chiasm.results.explanation import FUSED
 from chiasm.serving import metrics, schemas
-from chiasm.serving.access import key_check
+from chiasm.serving.access import HereAlone, key_check
 from chiasm.serving.answers import explanation_json, explanation_picture, result_json, result_picture
 from chiasm.serving.refusals import Refusal
 from chiasm.serving.service import Answered, Service
@@ -36,7 +36,8 @@ def create_app(service: Service, *, key: str | None = None, cors: list[str] | No
 
     Args:
         service: started by whoever runs the application.
-        key: what requests must show; None lets all pass.
+        key: what requests must show; None lets all pass that are sent to this machine's own name, and by no page of
+            another site.
         cors: origins whose pages may read the answers, such as 'https://example.org'.
     """
     app = FastAPI(
@@ -47,6 +48,7 @@ def create_app(service: Service, *, key: str | None = None, cors: list[str] | No
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
+        responses=schemas.errors(*([] if key else [403]), 500),
     )
     keyed = [Depends(key_check(key))] if key else []
     app.include_router(_answers(service), dependencies=keyed)
@@ -83,6 +85,8 @@ def create_app(service: Service, *, key: str | None = None, cors: list[str] | No
             allow_headers=["Authorization", "X-API-Key", "Content-Type"],
             expose_headers=["Retry-After"],
         )
+    if key is None:
+        app.add_middleware(HereAlone, origins=cors or [])
     app.add_middleware(Watch, metrics=service.metrics)
     return app
 
