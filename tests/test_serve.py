@@ -66,6 +66,12 @@ def _error(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, failure.code
 
 
+def _number(here: Running, name: str) -> float:
+    """One of the server's metrics; 0 as long as it has none of that name."""
+    lines = (line.rpartition(" ") for line in here.client.get("/metrics").text.splitlines())
+    return next((float(value) for found, _, value in lines if found == name), 0.0)
+
+
 def _opened(url: str) -> Image.Image:
     return Image.open(BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
 
@@ -153,8 +159,10 @@ def test_drawn_answers(here: Running) -> None:
         assert answer.headers["content-type"] == "image/png"
         assert Image.open(BytesIO(answer.content)).width >= 280
     parts = [("images", ("a", picture(1))), ("images", ("b", picture(2)))]
+    before = _number(here, 'chiasm_batch_images_sum{lane="predict"}')
     answer = here.client.post("/v1/predict", files=parts, headers={"Accept": "image/png"})
     assert _error(answer) == (422, "one_image")
+    assert _number(here, 'chiasm_batch_images_sum{lane="predict"}') == before  # no model was asked
     for accept in ("*/*", "application/json, image/png;q=0.5", "image/png;q=x", ""):
         answer = _post(here, picture(4), headers={"Accept": accept})
         assert answer.headers["content-type"] == "application/json", accept
@@ -166,9 +174,8 @@ def test_many_at_once_share_batches(here: Running) -> None:
     assert [result["source"] for result in results] == [f"{i}.png" for i in range(40)]
     alone = _post(here, picture(7)).json()["results"][0]
     assert alone["score"] == pytest.approx(results[7]["score"], abs=1e-5)
-    text = here.client.get("/metrics").text
-    images = float(text.split('chiasm_batch_images_sum{lane="predict"} ')[1].split()[0])
-    batches = float(text.split('chiasm_batch_images_count{lane="predict"} ')[1].split()[0])
+    images = _number(here, 'chiasm_batch_images_sum{lane="predict"}')
+    batches = _number(here, 'chiasm_batch_images_count{lane="predict"}')
     assert images >= 41
     assert batches < images / 2
 
@@ -404,6 +411,19 @@ def test_metrics(here: Running) -> None:
     assert "chiasm_waiting_images 0.0" in text
     assert "nobody" not in text
     assert "process_resident_memory_bytes" in text
+
+
+def test_images_are_counted_one_by_one(here: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a form that are answered, and those that are not; none that was drawn for nobody."""
+    answered, refused = 'chiasm_images_total{model="fruit"}', 'chiasm_rejected_total{code="image_unreadable"}'
+    before = [_number(here, name) for name in (answered, refused)]
+    parts = [("images", ("a", data)) for data in (picture(1), b"none", picture(2), b"neither")]
+    assert here.client.post("/v1/predict", files=parts).status_code == 200
+    assert [_number(here, name) for name in (answered, refused)] == [before[0] + 2, before[1] + 2]
+    with monkeypatch.context() as during:
+        during.setattr("chiasm.serving.app.result_json", None)  # the server's own mistake
+        assert _error(_post(here, picture())) == (500, "internal")
+    assert _number(here, answered) == before[0] + 2
 
 
 def test_the_log_names_no_file_and_holds_no_image(models: list[Served], capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,12 +130,12 @@ def _answers(service: Service) -> APIRouter:
                 return result_json(result, answered.size, top=top, overlay=overlay)
 
             light = served.info.task == "classify" and not drawn
-            answers = await service.predict(request, served, entry, render, light=light)
+            answers = await service.predict(request, served, entry, render, light=light, alone=drawn)
             failures = [answer for _, answer in answers if isinstance(answer, Refusal)]
             if len(failures) == len(answers):
                 raise failures[0]
-            if drawn and len(answers) > 1:
-                raise Refusal(422, "one_image", f"{len(answers)} images: one is drawn at a time.")
+            for failure in failures:
+                service.metrics.rejected(failure.code)
             if drawn:
                 return Response(answers[0][1], media_type="image/png")
             results = [
