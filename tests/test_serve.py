@@ -347,6 +347,19 @@ def test_models_and_conditions(here: Running) -> None:
     assert here.client.get("/ready").json() == {"status": "ready"}
 
 
+def test_heads_alone_and_what_browsers_have_already(here: Running) -> None:
+    for path in ("/health", "/ready", "/", "/page/page.js"):
+        head, whole = here.client.head(path), here.client.get(path)
+        assert (head.status_code, head.content) == (200, b""), path
+        assert head.headers["content-length"] == str(len(whole.content)), path
+    for path in ("/", "/page/page.js"):
+        tag = here.client.get(path).headers["etag"]
+        for known in (tag, f'"other", W/{tag}'):
+            again = here.client.get(path, headers={"If-None-Match": known})
+            assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+        assert here.client.get(path, headers={"If-None-Match": '"other"'}).status_code == 200
+
+
 def test_browsers_are_kept_safe(here: Running) -> None:
     for path in ("/", "/page/page.js", "/nothing", "/v1/models"):
         headers = here.client.get(path).headers

@@ -442,6 +442,13 @@ def test_cards_that_are_gone_do_not_wait_for_a_busy_server(visit: Callable[..., 
     expect(card.locator(".votes")).to_be_visible()
 
 
+def test_without_javascript(visit: Callable[..., Page]) -> None:
+    """Nothing stands there that would do nothing. (What `noscript` says Playwright's browser does not show.)"""
+    page = visit(java_script_enabled=False)
+    expect(page.get_by_role("heading", name="chiasm")).to_be_visible()
+    expect(page.get_by_role("button")).to_have_count(0)
+
+
 def test_the_key(visit: Callable[..., Page], tmp_path: Path) -> None:
     with running(Served("fruit", classifier(tmp_path), device="cpu"), key="open-sesame") as server:
         page = visit(server.url)

@@ -26,7 +26,13 @@ from chiasm.serving.uploads import Upload
 from chiasm.serving.watch import Entry, Watch
 
 PAGE = Path(__file__).with_name("page")
-_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".png": "image/png"}
+_TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+}
 
 _Model = Annotated[str | None, Query(description="a model's name; default: the first", examples=["photos"])]
 
@@ -209,10 +215,12 @@ def _conditions(service: Service, keyed: list[Any]) -> APIRouter:
     """How the server is."""
     router = APIRouter()
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", summary="Whether the server lives", responses={200: {"model": schemas.State}})
     async def health() -> Response:
         return JSONResponse({"status": "ok"})
 
+    @router.head("/ready", include_in_schema=False)
     @router.get(
         "/ready",
         summary="Whether the server takes requests",
@@ -239,18 +247,27 @@ def _conditions(service: Service, keyed: list[Any]) -> APIRouter:
 def _page() -> APIRouter:
     """The page and its files; names that are not its files' are no paths."""
     router = APIRouter(include_in_schema=False)
-    files = {path.name: path for path in sorted(PAGE.iterdir()) if path.suffix in _TYPES}
-    fresh = {"Cache-Control": "no-cache"}
+    files = {path.name for path in PAGE.iterdir() if path.suffix in _TYPES} - {"index.html"}
 
+    def send(request: Request, name: str) -> Response:
+        path, fresh = PAGE / name, {"Cache-Control": "no-cache"}
+        response = FileResponse(path, stat_result=path.stat(), media_type=_TYPES[path.suffix], headers=fresh)
+        tag = response.headers["etag"]
+        if tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers={"ETag": tag, **fresh})
+        return response
+
+    @router.head("/")
     @router.get("/")
-    async def index() -> Response:
-        return FileResponse(PAGE / "index.html", media_type="text/html", headers=fresh)
+    async def index(request: Request) -> Response:
+        return send(request, "index.html")
 
+    @router.head("/page/{name}")
     @router.get("/page/{name}")
-    async def file(name: str) -> Response:
+    async def file(request: Request, name: str) -> Response:
         if name not in files:
             raise HTTPException(404, "Not Found")
-        return FileResponse(files[name], media_type=_TYPES[files[name].suffix], headers=fresh)
+        return send(request, name)
 
     return router
 
