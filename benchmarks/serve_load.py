@@ -16,15 +16,11 @@ import json
 import multiprocessing
 import os
 import re
-import signal
 import statistics
-import subprocess
-import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import date
 from itertools import cycle, islice
 from multiprocessing.connection import Connection
@@ -35,6 +31,7 @@ import torch
 
 from chiasm.data.images import find_images
 from chiasm.measure import MatrixProduct, load_average, machine, noise
+from serve_process import server
 
 DEVICE = torch.device("cpu")
 
@@ -49,24 +46,6 @@ def plain(model: str, batch: int, pipe: Connection) -> None:
         count = sum(1 for _ in predictor.stream(paths, batch_size=batch))
         pipe.send((time.perf_counter() - start, time.process_time() - own))
         assert count == len(paths)
-
-
-@contextmanager
-def server(model: str, batch: int) -> Iterator[tuple[int, subprocess.Popen[str]]]:
-    """`chiasm serve` and its port; stopped by SIGTERM, which must end it with 0."""
-    words = ["serve", model, "--port", "0", "--batch", str(batch), "--device", str(DEVICE), "--quiet"]
-    with subprocess.Popen([sys.executable, "-m", "chiasm", *words], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        told = process.stdout.readline()
-        found = re.search(r":(\d+);", told)
-        if found is None:
-            raise SystemExit(f"the server did not start: {told}")
-        try:
-            yield int(found[1]), process
-        finally:
-            process.send_signal(signal.SIGTERM)
-    if process.returncode:
-        raise SystemExit(f"the server ended with {process.returncode}")
 
 
 def metric(port: int, name: str) -> float:
@@ -87,10 +66,10 @@ async def ask(port: int, bodies: Sequence[bytes], at_once: int) -> list[tuple[in
         for body in left:
             start = time.perf_counter()
             head = (
-                f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/x\r\nContent-Length: {len(body)}\r\n\r\n"
+                f"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/x\r\nContent-Length: {len(body)}"
             )
             try:
-                writer.write(head.encode() + body)
+                writer.write(f"{head}\r\n\r\n".encode() + body)
                 lines = (await reader.readuntil(b"\r\n\r\n")).lower()
                 status = int(lines[9:12])
                 length = re.search(rb"content-length: (\d+)", lines)
@@ -120,7 +99,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     product, load = MatrixProduct(DEVICE), load_average()
     product()
     rounds: list[dict[str, Any]] = []
-    with server(options.model, options.batch) as (port, _):
+    with server(options.model, "--batch", str(options.batch), "--device", str(DEVICE)) as address:
+        port = int(address.rpartition(":")[2])
         # The first images settle what both keep.
         warm = min(len(paths), 4 * options.at_once)
         here.send(paths[:warm])

@@ -69,6 +69,12 @@ def _error(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, failure.code
 
 
+def _number(here: Running, name: str) -> float:
+    """One of the server's metrics; 0 as long as it has none of that name."""
+    lines = (line.rpartition(" ") for line in here.client.get("/metrics").text.splitlines())
+    return next((float(value) for found, _, value in lines if found == name), 0.0)
+
+
 def _opened(url: str) -> Image.Image:
     return Image.open(BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
 
@@ -132,9 +138,11 @@ def test_objects_masks_and_class_maps(here: Running) -> None:
     assert layer.size == (50, 40)
     assert 0 < np.asarray(layer)[..., 3].max() <= 255
     best = max(one.score for one in objects.objects)
-    (fewer,) = _post(here, data, model="instances", threshold=best).json()["results"]
+    answer = _post(here, data, model="instances", threshold=best).json()
+    (fewer,) = answer["results"]
     assert len(fewer["objects"]) < len(objects.objects)
     assert "overlay" not in fewer
+    schemas.Predictions.model_validate(answer)  # which does not ask for one
 
     (regions,) = schemas.Predictions.model_validate(_post(here, data, model="segment", overlay=True).json()).results
     assert isinstance(regions, schemas.Segmented)
@@ -154,8 +162,10 @@ def test_drawn_answers(here: Running) -> None:
         assert answer.headers["content-type"] == "image/png"
         assert Image.open(BytesIO(answer.content)).width >= 280
     parts = [("images", ("a", picture(1))), ("images", ("b", picture(2)))]
+    before = _number(here, 'chiasm_batch_images_sum{lane="predict"}')
     answer = here.client.post("/v1/predict", files=parts, headers={"Accept": "image/png"})
     assert _error(answer) == (422, "one_image")
+    assert _number(here, 'chiasm_batch_images_sum{lane="predict"}') == before  # no model was asked
     for accept in ("*/*", "application/json, image/png;q=0.5", "image/png;q=x", ""):
         answer = _post(here, picture(4), headers={"Accept": accept})
         assert answer.headers["content-type"] == "application/json", accept
@@ -167,9 +177,8 @@ def test_many_at_once_share_batches(here: Running) -> None:
     assert [result["source"] for result in results] == [f"{i}.png" for i in range(40)]
     alone = _post(here, picture(7)).json()["results"][0]
     assert alone["score"] == pytest.approx(results[7]["score"], abs=1e-5)
-    text = here.client.get("/metrics").text
-    images = float(text.split('chiasm_batch_images_sum{lane="predict"} ')[1].split()[0])
-    batches = float(text.split('chiasm_batch_images_count{lane="predict"} ')[1].split()[0])
+    images = _number(here, 'chiasm_batch_images_sum{lane="predict"}')
+    batches = _number(here, 'chiasm_batch_images_count{lane="predict"}')
     assert images >= 41
     assert batches < images / 2
 
@@ -349,6 +358,19 @@ def test_models_and_conditions(here: Running) -> None:
     assert here.client.get("/ready").json() == {"status": "ready"}
 
 
+def test_heads_alone_and_what_browsers_have_already(here: Running) -> None:
+    for path in ("/health", "/ready", "/", "/page/page.js"):
+        head, whole = here.client.head(path), here.client.get(path)
+        assert (head.status_code, head.content) == (200, b""), path
+        assert head.headers["content-length"] == str(len(whole.content)), path
+    for path in ("/", "/page/page.js"):
+        tag = here.client.get(path).headers["etag"]
+        for known in (tag, f'"other", W/{tag}'):
+            again = here.client.get(path, headers={"If-None-Match": known})
+            assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+        assert here.client.get(path, headers={"If-None-Match": '"other"'}).status_code == 200
+
+
 def test_browsers_are_kept_safe(here: Running) -> None:
     for path in ("/", "/page/page.js", "/nothing", "/v1/models"):
         headers = here.client.get(path).headers
@@ -364,9 +386,25 @@ def test_browsers_are_kept_safe(here: Running) -> None:
     assert "https://" not in page
     friend = here.client.get("/v1/models", headers={"Origin": "https://example.org"})
     assert friend.headers["access-control-allow-origin"] == "https://example.org"
-    assert (
-        "access-control-allow-origin" not in here.client.get("/health", headers={"Origin": "https://evil.org"}).headers
-    )
+    foe = here.client.get("/health", headers={"Origin": "https://evil.org"})
+    assert "access-control-allow-origin" not in foe.headers
+
+
+def test_pages_of_other_sites_are_not_answered(here: Running, models: list[Served]) -> None:
+    """Without a key, neither what they send here nor under a name of theirs that leads here."""
+    port = here.url.rpartition(":")[2]
+    for host in ("evil.org", f"evil.org:{port}", "127.0.0.1.evil.org", "192.168.1.5", "[::1", "a@b@c", ""):
+        for path in ("/", "/v1/models", "/metrics", "/openapi.json"):
+            assert _error(here.client.get(path, headers={"Host": host})) == (403, "host"), host
+    for host in (f"localhost:{port}", "LOCALHOST", f"127.0.0.1:{port}", f"[::1]:{port}", "127.0.0.1"):
+        for origin in (f"http://{host}", "https://example.org"):
+            assert _post(here, picture(), headers={"Host": host, "Origin": origin}).status_code == 200, host
+    for origin in ("https://evil.org", "null", f"https://127.0.0.1:{port}", "http://127.0.0.1:1", "http://example.org"):
+        assert _error(_post(here, picture(), headers={"Origin": origin})) == (403, "origin"), origin
+    assert 'chiasm_rejected_total{code="origin"}' in here.client.get("/metrics").text
+    with running(models[0], key="open-sesame") as server:
+        headers = {"Host": "evil.org", "Origin": "https://evil.org", "X-API-Key": "open-sesame"}
+        assert _post(server, picture(), headers=headers).status_code == 200
 
 
 def test_openapi_describes_every_route(here: Running) -> None:
@@ -374,7 +412,12 @@ def test_openapi_describes_every_route(here: Running) -> None:
     assert set(api["paths"]) == {"/v1/predict", "/v1/explain", "/v1/models", "/health", "/ready", "/metrics"}
     predict = api["paths"]["/v1/predict"]["post"]
     assert {"multipart/form-data", "image/jpeg", "application/octet-stream"} <= set(predict["requestBody"]["content"])
-    assert {"200", "401", "404", "413", "415", "422", "429", "503", "504"} <= set(predict["responses"])
+    assert {"200", "401", "403", "404", "413", "415", "422", "429", "500", "503", "504"} <= set(predict["responses"])
+    for route in api["paths"].values():
+        (described,) = route.values()
+        assert {"200", "403", "500"} <= set(described["responses"])
+        for status in {"429", "503"} & set(described["responses"]):
+            assert "Retry-After" in described["responses"][status]["headers"]
     for status, response in predict["responses"].items():
         if status != "200":
             schemas.Error.model_validate(response["content"]["application/json"]["example"])
@@ -392,6 +435,19 @@ def test_metrics(here: Running) -> None:
     assert "chiasm_waiting_images 0.0" in text
     assert "nobody" not in text
     assert "process_resident_memory_bytes" in text
+
+
+def test_images_are_counted_one_by_one(here: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a form that are answered, and those that are not; none that was drawn for nobody."""
+    answered, refused = 'chiasm_images_total{model="fruit"}', 'chiasm_rejected_total{code="image_unreadable"}'
+    before = [_number(here, name) for name in (answered, refused)]
+    parts = [("images", ("a", data)) for data in (picture(1), b"none", picture(2), b"neither")]
+    assert here.client.post("/v1/predict", files=parts).status_code == 200
+    assert [_number(here, name) for name in (answered, refused)] == [before[0] + 2, before[1] + 2]
+    with monkeypatch.context() as during:
+        during.setattr("chiasm.serving.app.result_json", None)  # the server's own mistake
+        assert _error(_post(here, picture())) == (500, "internal")
+    assert _number(here, answered) == before[0] + 2
 
 
 def test_the_log_names_no_file_and_holds_no_image(models: list[Served], capsys: pytest.CaptureFixture[str]) -> None:
@@ -446,6 +502,8 @@ def test_a_key_is_asked_for(models: list[Served]) -> None:
             assert server.client.get(path, headers={"Authorization": "Bearer open-sesame"}).status_code == 200
         assert _error(_post(server, picture(), top=0)) == (401, "key")
         api = server.client.get("/openapi.json", headers={"X-API-Key": "open-sesame"}).json()
+        example = api["paths"]["/v1/models"]["get"]["responses"]["401"]["content"]["application/json"]["example"]
+        assert example == server.client.get("/v1/models").json()
         assert len(api["paths"]["/v1/predict"]["post"]["security"]) == 2
 
 
@@ -619,7 +677,7 @@ def test_sigterm_finishes_what_was_accepted(files: dict[str, str]) -> None:
         url = told.split(" at ")[1].split(";")[0]
         data = picture()
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as slow:
-            lines = ("POST /v1/predict HTTP/1.1", "Host: x", "Content-Type: image/png", f"Content-Length: {len(data)}")
+            lines = ("POST /v1/predict HTTP/1.1", "Host: localhost", f"Content-Length: {len(data)}")
             slow.sendall("\r\n".join([*lines, "", ""]).encode() + data[:100])
             until(lambda: httpx.get(f"{url}/ready").status_code == 200)
             time.sleep(0.2)

@@ -335,7 +335,7 @@ def test_a_server_whose_model_thread_died_says_so_and_ends(tmp_path: Path, monke
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     served = Served("fruit", classifier(tmp_path_factory.mktemp("model")), device="cpu")
-    with running(served, queue=4, timeout=1.0, batch=2) as made:
+    with running(served, queue=4, timeout=2.0, batch=2) as made:
         yield made
 
 
@@ -371,7 +371,7 @@ def test_a_full_queue_says_come_again(server: Running, held: Callable[[], None])
         until(lambda: server.service._rooms["predict"].taken == 4)
         start = time.monotonic()
         refused = _post(server)
-        assert time.monotonic() - start < 0.5
+        assert time.monotonic() - start < 1
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "busy"
         assert 1 <= int(refused.headers["retry-after"]) <= 60
@@ -387,7 +387,7 @@ def test_a_full_queue_says_come_again(server: Running, held: Callable[[], None])
 def test_what_takes_too_long_is_given_up(server: Running, held: Callable[[], None]) -> None:
     late = _post(server)
     assert late.status_code == 504
-    assert late.json()["error"] == {"code": "timeout", "message": "no answer within 1 seconds."}
+    assert late.json()["error"] == {"code": "timeout", "message": "no answer within 2 seconds."}
     assert server.service._rooms["predict"].taken == 0
     before = _images(server)
     held()
@@ -398,7 +398,7 @@ def test_what_takes_too_long_is_given_up(server: Running, held: Callable[[], Non
 def test_a_client_that_went_away_frees_its_place(server: Running, held: Callable[[], None]) -> None:
     with pytest.raises(httpx.ReadTimeout):
         server.client.post("/v1/predict", content=picture(), timeout=0.2)
-    until(lambda: server.service._rooms["predict"].taken == 0, 0.7)
+    until(lambda: server.service._rooms["predict"].taken == 0, 1.5)  # before its time is up
     before = _images(server)
     held()
     assert _post(server).status_code == 200
@@ -408,7 +408,7 @@ def test_a_client_that_went_away_frees_its_place(server: Running, held: Callable
 def test_a_slow_body_is_not_waited_for(server: Running) -> None:
     def slow() -> Iterator[bytes]:
         yield picture()[:50]
-        time.sleep(1.5)
+        time.sleep(2.5)
         yield picture()[50:]
 
     answer = _post_stream(server, slow())

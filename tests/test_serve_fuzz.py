@@ -19,9 +19,11 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from chiasm.data.images import read_image
 from chiasm.serving import schemas
 from chiasm.serving.served import Served
 from running_server import Running, classifier, finder, picture, running
+from serve_damage import KINDS, damaged
 
 _QUICK = settings(
     max_examples=30,
@@ -31,34 +33,15 @@ _QUICK = settings(
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-KINDS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "JPEG2000")
 SOUND = [picture(i, (9 + i, 7), kind) for i, kind in enumerate(KINDS)]
-
-
-@st.composite
-def mutated(draw: st.DrawFn) -> bytes:
-    """A sound image of any kind with bytes changed, cut out, doubled, or its end missing."""
-    data = bytearray(draw(st.sampled_from(SOUND)))
-    for _ in range(draw(st.integers(0, 6))):
-        place = draw(st.integers(0, len(data) - 1))
-        match draw(st.integers(0, 3)):
-            case 0:
-                data[place] = draw(st.integers(0, 255))
-            case 1:
-                data[place:place] = draw(st.binary(min_size=1, max_size=8))
-            case 2:
-                del data[place : place + draw(st.integers(1, 20))]
-            case _:
-                data = data[: place + 1]
-        if not data:
-            return b""
-    return bytes(data)
+MUTATED = st.builds(damaged, st.sampled_from(SOUND), st.randoms(use_true_random=False))
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("models")
-    models = [Served("fruit", classifier(folder), device="cpu"), Served("map", finder(folder, "segment"), device="cpu")]
+    files = {"fruit": classifier(folder), "map": finder(folder, "segment"), "things": finder(folder, "instances")}
+    models = [Served(name, file, device="cpu") for name, file in files.items()]
     with running(*models, max_mb=1, max_megapixels=2) as made:
         yield made
         assert made.client.get("/ready").status_code == 200
@@ -67,24 +50,26 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def api(server: Running) -> schemathesis.BaseSchema:
-    schemathesis.openapi.format("binary", st.one_of(st.sampled_from(SOUND), mutated(), st.binary(max_size=40)))
+    schemathesis.openapi.format("binary", st.one_of(st.sampled_from(SOUND), MUTATED, st.binary(max_size=40)))
     for kind in ("image/jpeg", "image/png", "image/webp", "application/octet-stream"):
-        schemathesis.openapi.media_type(kind, st.one_of(st.sampled_from(SOUND), mutated()))
+        schemathesis.openapi.media_type(kind, st.one_of(st.sampled_from(SOUND), MUTATED))
     return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 def test_whatever_the_description_allows_or_forbids(api: schemathesis.BaseSchema, mode: GenerationMode) -> None:
-    """Requests made of the OpenAPI, those that it allows and those that it does not: statuses, types and bodies of the
-    answers are those that it names."""
+    """Requests made of the OpenAPI, those that it allows and those that it does not, to models of each kind: statuses,
+    types and bodies of the answers are those that it names."""
     strategy = st.one_of(*(result.ok().as_strategy(mode) for result in api.get_all_operations()))
-    seen: set[int] = set()
+    seen: set[tuple[int, str | None]] = set()
 
     @_QUICK
-    @given(case=strategy)
-    def check(case: schemathesis.Case) -> None:
+    @given(case=strategy, name=st.sampled_from([None, "fruit", "map", "things"]))
+    def check(case: schemathesis.Case, name: str | None) -> None:
+        if name and case.method == "POST":
+            case.query = {**(case.query or {}), "model": name}
         answer = case.call()
-        seen.add(answer.status_code)
+        seen.add((answer.status_code, name))
         case.validate_response(
             answer,
             checks=[
@@ -96,7 +81,8 @@ def test_whatever_the_description_allows_or_forbids(api: schemathesis.BaseSchema
         )
 
     check()
-    assert (200 if mode is GenerationMode.POSITIVE else 422) in seen
+    for name in ("fruit", "map", "things"):
+        assert (200 if mode is GenerationMode.POSITIVE else 422, name) in seen
 
 
 @pytest.mark.parametrize("path", ["/v1/predict", "/v1/predict?model=map&overlay=true", "/v1/explain"])
@@ -105,7 +91,7 @@ def test_damaged_images(server: Running, path: str) -> None:
     codes: set[str] = set()
 
     @settings(_QUICK, max_examples=12 if "explain" in path else 30)
-    @given(images=st.lists(mutated(), min_size=1, max_size=3), form=st.booleans())
+    @given(images=st.lists(MUTATED, min_size=1, max_size=3), form=st.booleans())
     def check(images: list[bytes], form: bool) -> None:
         if form:
             files = [("images", (f"{i}.png", image)) for i, image in enumerate(images)]
@@ -148,15 +134,24 @@ def test_unusual_images_are_answered_as_by_the_predictor(server: Running) -> Non
     """Grey, 16 bits, palette with transparency, CMYK, several frames: sound, if rare."""
     noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    for made, kind in (
-        (image.convert("L"), "PNG"),
-        (Image.fromarray(noise[..., 0].astype(np.uint16) * 257), "PNG"),
-        (image.convert("P"), "GIF"),
-        (image.convert("CMYK"), "JPEG"),
-        (image.convert("RGBA"), "WEBP"),
-        (image.convert("1"), "TIFF"),
+    clear = image.convert("P")
+    clear.info["transparency"] = 0
+    predictor = server.service.models.get("fruit").predictor
+    for made, kind, more in (
+        (image.convert("L"), "PNG", {}),
+        (Image.fromarray(noise[..., 0].astype(np.uint16) * 257), "PNG", {}),
+        (clear, "PNG", {}),
+        (image.convert("CMYK"), "JPEG", {}),
+        (image.convert("RGBA"), "WEBP", {"lossless": True}),
+        (image.convert("1"), "TIFF", {}),
+        (image.convert("P"), "GIF", {"save_all": True, "append_images": [Image.new("P", image.size)]}),
     ):
         file = BytesIO()
-        made.save(file, kind)
+        made.save(file, kind, **more)
         answer = server.client.post("/v1/predict", content=file.getvalue())
         assert answer.status_code == 200, (kind, answer.text)
+        (expected,) = predictor([read_image(file.getvalue())])
+        (result,) = answer.json()["results"]
+        assert (result["width"], result["height"]) == (30, 20), kind
+        told = {one["label"]: one["score"] for one in result["top"]}
+        assert told == pytest.approx(dict(expected.top(4)), abs=1e-5), kind

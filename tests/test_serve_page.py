@@ -428,6 +428,27 @@ def test_a_busy_server_is_given_time(visit: Callable[..., Page], tmp_path: Path)
     assert 429 in statuses
 
 
+def test_cards_that_are_gone_do_not_wait_for_a_busy_server(visit: Callable[..., Page]) -> None:
+    """The turns of pictures that were to be sent again in a minute are free at once."""
+    page = visit()
+    expect(page.locator("#classes")).to_be_visible()
+    busy = {"status": 429, "headers": {"Retry-After": "60"}, "json": {"error": {"code": "busy", "message": "busy."}}}
+    page.route("**/v1/predict**", lambda route: route.fulfill(**busy))
+    cards = _give(page, *(_file(f"{i}.png", picture(i)) for i in range(3)))
+    expect(cards.get_by_text("Trying again in 60 s")).to_have_count(3)
+    page.get_by_role("button", name="Clear all").click()
+    page.unroute("**/v1/predict**")
+    card = _give(page, _file("basket.png"))
+    expect(card.locator(".votes")).to_be_visible()
+
+
+def test_without_javascript(visit: Callable[..., Page]) -> None:
+    """Nothing stands there that would do nothing. (What `noscript` says Playwright's browser does not show.)"""
+    page = visit(java_script_enabled=False)
+    expect(page.get_by_role("heading", name="chiasm")).to_be_visible()
+    expect(page.get_by_role("button")).to_have_count(0)
+
+
 def test_the_key(visit: Callable[..., Page], tmp_path: Path) -> None:
     with running(Served("fruit", classifier(tmp_path), device="cpu"), key="open-sesame") as server:
         page = visit(server.url)

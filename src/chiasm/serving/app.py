@@ -18,7 +18,7 @@ from chiasm.errors import UnknownNameError
 from chiasm.results import Detections, Explanation
 from chiasm.results.explanation import FUSED
 from chiasm.serving import metrics, schemas
-from chiasm.serving.access import key_check
+from chiasm.serving.access import HereAlone, key_check
 from chiasm.serving.answers import explanation_json, explanation_picture, result_json, result_picture
 from chiasm.serving.refusals import Refusal
 from chiasm.serving.service import Answered, Service
@@ -26,7 +26,13 @@ from chiasm.serving.uploads import Upload
 from chiasm.serving.watch import Entry, Watch
 
 PAGE = Path(__file__).with_name("page")
-_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".png": "image/png"}
+_TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+}
 
 _Model = Annotated[str | None, Query(description="a model's name; default: the first", examples=["photos"])]
 
@@ -36,7 +42,8 @@ def create_app(service: Service, *, key: str | None = None, cors: list[str] | No
 
     Args:
         service: started by whoever runs the application.
-        key: what requests must show; None lets all pass.
+        key: what requests must show; None lets all pass that are sent to this machine's own name, and by no page of
+            another site.
         cors: origins whose pages may read the answers, such as 'https://example.org'.
     """
     app = FastAPI(
@@ -47,6 +54,7 @@ def create_app(service: Service, *, key: str | None = None, cors: list[str] | No
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
+        responses=schemas.errors(*([] if key else [403]), 500),
     )
     keyed = [Depends(key_check(key))] if key else []
     app.include_router(_answers(service), dependencies=keyed)
@@ -83,6 +91,8 @@ def create_app(service: Service, *, key: str | None = None, cors: list[str] | No
             allow_headers=["Authorization", "X-API-Key", "Content-Type"],
             expose_headers=["Retry-After"],
         )
+    if key is None:
+        app.add_middleware(HereAlone, origins=cors or [])
     app.add_middleware(Watch, metrics=service.metrics)
     return app
 
@@ -126,12 +136,12 @@ def _answers(service: Service) -> APIRouter:
                 return result_json(result, answered.size, top=top, overlay=overlay)
 
             light = served.info.task == "classify" and not drawn
-            answers = await service.predict(request, served, entry, render, light=light)
+            answers = await service.predict(request, served, entry, render, light=light, alone=drawn)
             failures = [answer for _, answer in answers if isinstance(answer, Refusal)]
             if len(failures) == len(answers):
                 raise failures[0]
-            if drawn and len(answers) > 1:
-                raise Refusal(422, "one_image", f"{len(answers)} images: one is drawn at a time.")
+            for failure in failures:
+                service.metrics.rejected(failure.code)
             if drawn:
                 return Response(answers[0][1], media_type="image/png")
             results = [
@@ -205,10 +215,12 @@ def _conditions(service: Service, keyed: list[Any]) -> APIRouter:
     """How the server is."""
     router = APIRouter()
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", summary="Whether the server lives", responses={200: {"model": schemas.State}})
     async def health() -> Response:
         return JSONResponse({"status": "ok"})
 
+    @router.head("/ready", include_in_schema=False)
     @router.get(
         "/ready",
         summary="Whether the server takes requests",
@@ -235,18 +247,27 @@ def _conditions(service: Service, keyed: list[Any]) -> APIRouter:
 def _page() -> APIRouter:
     """The page and its files; names that are not its files' are no paths."""
     router = APIRouter(include_in_schema=False)
-    files = {path.name: path for path in sorted(PAGE.iterdir()) if path.suffix in _TYPES}
-    fresh = {"Cache-Control": "no-cache"}
+    files = {path.name for path in PAGE.iterdir() if path.suffix in _TYPES} - {"index.html"}
 
+    def send(request: Request, name: str) -> Response:
+        path, fresh = PAGE / name, {"Cache-Control": "no-cache"}
+        response = FileResponse(path, stat_result=path.stat(), media_type=_TYPES[path.suffix], headers=fresh)
+        tag = response.headers["etag"]
+        if tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers={"ETag": tag, **fresh})
+        return response
+
+    @router.head("/")
     @router.get("/")
-    async def index() -> Response:
-        return FileResponse(PAGE / "index.html", media_type="text/html", headers=fresh)
+    async def index(request: Request) -> Response:
+        return send(request, "index.html")
 
+    @router.head("/page/{name}")
     @router.get("/page/{name}")
-    async def file(name: str) -> Response:
+    async def file(request: Request, name: str) -> Response:
         if name not in files:
             raise HTTPException(404, "Not Found")
-        return FileResponse(files[name], media_type=_TYPES[files[name].suffix], headers=fresh)
+        return send(request, name)
 
     return router
 

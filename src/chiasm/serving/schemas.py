@@ -11,7 +11,12 @@ from chiasm.serving.uploads import FIELD
 
 Task = Literal["classify", "detect", "instances", "segment"]
 _Share = Field(ge=0, le=1)
-_Url = Field(pattern="^data:image/png;base64,", examples=["data:image/png;base64,iVBORw0KGgo..."])
+_Url = Field(
+    default=None,
+    pattern="^data:image/png;base64,",
+    description="with overlay=true",
+    examples=["data:image/png;base64,iVBORw0KGgo..."],
+)
 
 
 class _Strict(BaseModel):
@@ -190,7 +195,8 @@ class State(_Strict):
 
 
 _REASONS = {
-    401: ("key", "needs a key: 'Authorization: Bearer KEY' or 'X-API-Key: KEY'."),
+    401: ("key", "this server needs its key: 'Authorization: Bearer KEY' or 'X-API-Key: KEY'."),
+    403: ("origin", "Origin is 'https://example.org': other sites' pages are answered if --cors names them."),
     404: ("unknown_model", "unknown model 'cats'; did you mean cat? Here is cat, dog."),
     408: ("slow_upload", "nothing of the body came for 30 seconds."),
     413: ("body_too_large", "the body is too large: at most 20 MB are taken."),
@@ -201,6 +207,7 @@ _REASONS = {
     ),
     422: ("image_unreadable", "cat.jpg: not a readable image: the file is empty (0 bytes)."),
     429: ("busy", "the queue is full (256): try again in 3 s."),
+    500: ("internal", "the server made a mistake; its log says which."),
     503: ("stopping", "the server is stopping."),
     504: ("timeout", "no answer within 30 seconds."),
 }
@@ -217,7 +224,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
             "description": message.partition(":")[0].capitalize(),
             "content": {"application/json": {"example": example}},
         }
-        if status == 429:
+        if status in (429, 503):
             described[status]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
     return described
 

@@ -140,7 +140,7 @@ class Service:
             held.give_back()
 
     async def predict(
-        self, request: Request, served: Served, entry: Entry, render: Callable[..., T], *, light: bool
+        self, request: Request, served: Served, entry: Entry, render: Callable[..., T], *, light: bool, alone: bool
     ) -> list[tuple[str, T | Refusal]]:
         """The images of a request by name, answered.
 
@@ -150,23 +150,27 @@ class Service:
             entry: is told how many images there are, and of their batches.
             render: what becomes of an image's `Answered` and `Upload`.
             light: whether that is quickly done; otherwise another thread does it.
+            alone: whether there may be one image only.
 
         Raises:
-            Refusal: as `read_uploads`; 429 where the queue is full, 504 after the timeout.
+            Refusal: as `read_uploads`; 422 for several where one may be, 429 where the queue is full, 504 after the
+                timeout.
         """
         room = self._rooms["predict"]
         room.check(1)  # before anything is read
         with self._holding() as held:
             uploads = await read_uploads(request, self.limits, held)
+            if alone and len(uploads) > 1:
+                raise Refusal(422, "one_image", f"{len(uploads)} images: one is drawn at a time.")
             end = time.monotonic() + self._timeout
             looks = [partial(self._look, served, upload) for upload in uploads]
             async with self._answer(request, "predict", served, entry, looks, end) as outcomes:
-                self.metrics.answered(served.name, sum(isinstance(outcome, Answered) for outcome in outcomes))
                 answers: list[tuple[str, T | Refusal]] = []
                 for outcome, upload in zip(outcomes, uploads, strict=True):
                     if isinstance(outcome, Answered):
                         outcome = render(outcome, upload) if light else await self._aside(end, render, outcome, upload)
                     answers.append((upload.name, outcome))
+                self.metrics.answered(served.name, sum(not isinstance(answer, Refusal) for _, answer in answers))
                 return answers
 
     async def explain(

@@ -28,9 +28,22 @@ export async function ask(path, query = {}, picture = null, signal = undefined, 
     } catch (error) {
       if (error.status !== 429 || times === PATIENCE) throw error;
       wait(error.after);
-      await new Promise((done) => setTimeout(done, 1000 * error.after));
+      await pause(error.after, signal);
     }
   }
+}
+
+/** So many seconds, or until the signal says that nobody waits any more: then throws AbortError. */
+function pause(seconds, signal) {
+  signal?.throwIfAborted();
+  return new Promise((done, fail) => {
+    const timer = setTimeout(done, 1000 * seconds);
+    const stop = () => {
+      clearTimeout(timer);
+      fail(signal.reason);
+    };
+    signal?.addEventListener("abort", stop, { once: true });
+  });
 }
 
 async function once(path, query, picture, signal) {
