@@ -652,7 +652,7 @@ def test_the_process_ends_though_a_thread_does_not(
             address = process.stdout.readline().split(" at ")[1].split(";")[0].removeprefix("http://").split(":")
             with socket.create_connection((address[0], int(address[1]))) as client:
                 data = picture()
-                lines = ("POST /v1/predict HTTP/1.1", "Host: x", f"Content-Length: {len(data)}")
+                lines = ("POST /v1/predict HTTP/1.1", "Host: localhost", f"Content-Length: {len(data)}")
                 client.sendall("\r\n".join([*lines, "", ""]).encode() + data)
                 time.sleep(0.3)
                 process.send_signal(signal.SIGINT)
