@@ -448,9 +448,13 @@ def test_what_was_sent_goes_with_who_sent_it(server: Running) -> None:
     try:
         sent = {"images": ("mine.png", picture())}
         assert server.client.post("/v1/predict", files=sent).status_code == 504
-        until(lambda: not any(type(one) is Upload and one.name == "mine.png" for one in gc.get_objects()), 2)
+        until(lambda: gc.collect() >= 0 and not _uploads("mine.png"), 5)
     finally:
         go.set()
+
+
+def _uploads(name: str) -> list[Upload]:
+    return [one for one in gc.get_objects() if type(one) is Upload and one.name == name]
 
 
 def test_predictions_go_on_beside_explanations(server: Running) -> None:
