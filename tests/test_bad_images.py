@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -255,3 +256,17 @@ def test_find_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             list(find_images([nothing]))
     lazy = find_images(["b", "empty"])
     assert next(lazy) == "b/1.JPG"
+
+
+def test_sixteen_bits_take_little_memory() -> None:
+    """Every value is scaled as by floats of 64 bits, and no such floats of the whole image are made."""
+    values = np.arange(1 << 21, dtype=np.uint32).astype(np.uint16).reshape(1024, 2048)
+    data = encode(Image.fromarray(values), "PNG")
+    tracemalloc.start()
+    try:
+        image = read_image(data)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 10 * values.size
+    assert np.array_equal(image[0].numpy(), np.rint(values.astype(np.float64) * (255 / 65535)))

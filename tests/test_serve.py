@@ -7,9 +7,11 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Iterator
 from io import BytesIO
@@ -25,11 +27,12 @@ from chiasm.cli import main
 from chiasm.data.images import read_image
 from chiasm.errors import ChiasmError
 from chiasm.explaining.explainer import open_explainer
-from chiasm.predictor import load
+from chiasm.predictor import Predictor, load
 from chiasm.results.drawing import colour_of
 from chiasm.results.explanation import visible
 from chiasm.serving import schemas
 from chiasm.serving.access import check_opening
+from chiasm.serving.log import log_to_stderr, stop_logging
 from chiasm.serving.served import Served, named
 from running_server import LABELS, Running, classifier, finder, picture, running, until
 
@@ -234,6 +237,13 @@ def _bomb() -> bytes:
     return start + (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
 
 
+def _endless() -> bytes:
+    """A progressive JPEG whose last pass over the pixels is repeated a hundred times."""
+    data = picture(kind="JPEG", progressive=True)
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + data[last:end] * 100 + data[end:]
+
+
 _FORM = "multipart/form-data; boundary=xyz"
 
 
@@ -246,6 +256,7 @@ _FORM = "multipart/form-data; boundary=xyz"
         (picture()[:-200], "image/png", (422, "image_unreadable")),
         (picture(kind="ICO", size=(32, 32)), "image/x-icon", (422, "image_unreadable")),
         (_bomb(), "image/png", (422, "too_many_pixels")),
+        (_endless(), "image/jpeg", (422, "image_unreadable")),
         (picture(size=(1000, 501), kind="JPEG", quality=5), "image/jpeg", (422, "too_many_pixels")),
         (b"/etc/passwd", "application/octet-stream", (422, "image_unreadable")),
         (b'{"url": "http://127.0.0.1/"}', "application/json", (415, "content_type")),
@@ -520,6 +531,7 @@ def test_names_of_models(tmp_path: Path) -> None:
     assert named([refs[0]]) == {"photos-1": refs[0]}
     assert named([refs[1]]) == {"photos-1": refs[1]}
     assert named(refs[2:]) == {"cats": refs[2], "x": "a/b=c.safetensors", "resnet18": "resnet18"}
+    assert named(["resnet18.a1_in1k"]) == {"resnet18.a1_in1k": "resnet18.a1_in1k"}
     assert named(["a/b=c.safetensors"]) == {"b=c": "a/b=c.safetensors"}
     with pytest.raises(ChiasmError, match="two models would be called 'cats'"):
         named(["a/cats.safetensors", "b/cats.safetensors"])
@@ -533,6 +545,8 @@ def test_names_of_models(tmp_path: Path) -> None:
         (["m", "--batch", "0"], "batch is 0"),
         (["m", "--max-mb", "0"], "max_mb is 0"),
         (["m", "--timeout", "0"], "timeout is 0"),
+        (["m", "--wait-ms", "1e13"], "wait_ms is 1e+13"),
+        (["m", "--queue", "10000000"], "queue is 1e+07"),
         (["m", "--threshold", "2"], "threshold is 2"),
         (["m", "--cors", "example.org"], "cors is 'example.org'"),
         (["m", "--host", "0.0.0.0"], "opens the server to the network"),
@@ -574,6 +588,82 @@ def test_a_damaged_model_ends_the_server(tmp_path: Path) -> None:
     save_model(tmp_path / "fruit.safetensors", model, info)
     with pytest.raises(ChiasmError, match="not finite"):
         chiasm.serve(models=[str(tmp_path / "fruit.safetensors")], port=0, quiet=True)
+
+
+def test_images_too_large_for_the_machine_end_the_server(
+    files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scarce(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory.\nAnd a lot more")
+
+    monkeypatch.setattr(Predictor, "answer_seen", scarce)
+    with pytest.raises(ChiasmError, match=r"image of 32 x 32 pixels here \(.*memory\); a smaller --image-size may do"):
+        chiasm.serve(models=[files["fruit"]], port=0, quiet=True)
+
+
+def test_damaged_exif_is_not_logged(files: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Pillow warns of each of its tags."""
+    data = picture()
+    tags = b"".join(struct.pack("<HHII", tag, 7, 100_000, 8) for tag in range(300, 1300))
+    exif = b"II*\0" + struct.pack("<IH", 8, 1000) + tags + bytes(4)
+    chunk = struct.pack(">I", len(exif)) + b"eXIf" + exif + struct.pack(">I", zlib.crc32(b"eXIf" + exif))
+    data = data[:33] + chunk + data[33:]
+    (tmp_path / "tags.png").write_bytes(data)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.resetwarnings()
+        assert main(["predict", files["fruit"], str(tmp_path / "tags.png"), "--out", str(tmp_path / "out")]) == 0
+        warnings.resetwarnings()
+        handler = log_to_stderr(quiet=True)
+        try:
+            read_image(data)
+        finally:
+            stop_logging(handler)
+    assert "Tag data" not in capfd.readouterr().err
+    assert not [warning for warning in seen if "PIL" in warning.filename]
+
+
+def test_answers_that_are_being_sent_have_their_time(models: list[Served]) -> None:
+    with running(models[0], timeout=17.5) as server:
+        assert server.server.config.timeout_graceful_shutdown == 18
+
+
+# A decoder that does not come back, as Pillow's on some damaged images; the end of the process waits half a second.
+_STUCK = """
+import sys, time
+import chiasm.serving.server, chiasm.serving.service
+chiasm.serving.service.decode = lambda *_: time.sleep(60)
+chiasm.serving.server._THREADS = 0.5
+from chiasm.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("timeout", "pause", "code"), [("0.5", 0.02, 0), ("60", 0.5, 128 + signal.SIGINT)])
+def test_the_process_ends_though_a_thread_does_not(
+    files: dict[str, str], timeout: str, pause: float, code: int
+) -> None:
+    """By itself once nobody waits, where two signals close together are one; at once by a second signal."""
+    words = [sys.executable, "-c", _STUCK, "serve", files["fruit"], "--port", "0", "--timeout", timeout, "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            address = process.stdout.readline().split(" at ")[1].split(";")[0].removeprefix("http://").split(":")
+            with socket.create_connection((address[0], int(address[1]))) as client:
+                data = picture()
+                lines = ("POST /v1/predict HTTP/1.1", "Host: localhost", f"Content-Length: {len(data)}")
+                client.sendall("\r\n".join([*lines, "", ""]).encode() + data)
+                time.sleep(0.3)
+                process.send_signal(signal.SIGINT)
+                time.sleep(pause)
+                process.send_signal(signal.SIGINT)
+                assert process.wait(10) == code
+                assert b" 504 " in client.recv(1000) if code == 0 else True
+            events = [json.loads(line)["event"] for line in process.stderr]
+            assert [event[:23] for event in events] == (["a thread does not end: "] if code == 0 else [])
+        finally:
+            process.kill()
 
 
 def test_sigterm_finishes_what_was_accepted(files: dict[str, str]) -> None:

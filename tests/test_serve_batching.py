@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import operator
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 import torch
 
+from chiasm.config import ServeConfig
+from chiasm.serving import batching, service
 from chiasm.serving.batching import Batcher, Job, Lane, Order, Room
+from chiasm.serving.decoding import Turns
 from chiasm.serving.refusals import Refusal
-from chiasm.serving.served import Served
-from running_server import Running, classifier, picture, running, until
+from chiasm.serving.served import Models, Served
+from chiasm.serving.uploads import Upload
+from running_server import Running, classifier, finder, picture, running, until
 
 
 class _Model:
@@ -45,7 +52,7 @@ class _Bench:
     def __init__(self, wait: float = 0.0, most: int = 4, weight: int = 100) -> None:
         self.model = _Model()
         lanes = {"predict": Lane(self.model, most, weight), "explain": Lane(self.model, 1, 0)}
-        self.batcher = Batcher(lanes, wait=wait, decoders=2, watch=lambda lane, images: None)
+        self.batcher = Batcher(lanes, wait=wait, decoders=2, watch=lambda *_: None, failed=lambda _: None)
         self.loop = asyncio.new_event_loop()
         self.batcher.start(lambda: None)
 
@@ -202,9 +209,14 @@ def test_what_nobody_waits_for_is_passed_over(bench: _Bench) -> None:
     dropped.dropped = True
     bench.model.go.set()
     assert bench.outcomes(kept) == [("kept", 1)]
-    late = bench.order(lambda: pytest.fail("decoded for nobody"))
+    go, decoded = threading.Event(), []
+    held = bench.order(lambda: go.wait(10), lambda: go.wait(10))  # both threads that decode
+    late = bench.order(lambda: decoded.append("for nobody"))
     late.dropped = True
-    assert bench.outcomes(bench.order("next")) == [("next", 1)]
+    go.set()
+    assert bench.outcomes(bench.order("next"))[0][0] == "next"
+    bench.outcomes(held)
+    assert not decoded
     assert "dropped" not in functools.reduce(operator.iadd, bench.model.batches, [])
 
 
@@ -231,7 +243,7 @@ def test_decoding_keeps_to_one_thread_each() -> None:
         inside = [one for one, _ in bench.outcomes(bench.order(*[torch.get_num_threads] * 8))]
         assert inside == [1] * 8
         found: list[int] = []
-        again = Batcher({}, wait=0, decoders=1, watch=lambda lane, images: None)
+        again = Batcher({}, wait=0, decoders=1, watch=lambda *_: None, failed=lambda _: None)
         again.start(lambda: found.append(torch.get_num_threads()))
         again.stop()
         assert found == [2]
@@ -241,18 +253,80 @@ def test_decoding_keeps_to_one_thread_each() -> None:
         torch.set_num_threads(before)
 
 
-def test_room_is_bounded_and_says_when() -> None:
-    room = Room(10, "the queue")
-    room.take(8)
+def test_pixels_that_are_decoded_at_a_time_are_bounded() -> None:
+    """In their order, so that a large image is not passed over for ever; what is larger than all goes alone."""
+    turns, log, go = Turns(100), [], {pixels: threading.Event() for pixels in (60, 1000, 40)}
+
+    def decode(pixels: int) -> None:
+        with turns.of(pixels):
+            log.append(pixels)
+            assert go[pixels].wait(10)
+
+    with ThreadPoolExecutor(3) as pool:
+        for pixels in go:
+            pool.submit(decode, pixels)
+            time.sleep(0.05)
+        for count, pixels in enumerate(list(go), 1):
+            until(lambda count=count: len(log) == count)
+            time.sleep(0.05)
+            assert log == list(go)[:count]
+            go[pixels].set()
+
+
+def test_masks_in_memory_are_of_as_many_pixels_as_one_image_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "memory_bytes", lambda: 4 << 30)
+    served = Served("cells", finder(tmp_path, "instances"), device="cpu")
+    made = service.Service(Models([served]), ServeConfig.from_flags(models=[]))
+    most = made._pixels(served)
+    assert most * int(served.info.head.get("detections", 100)) <= 1 << 30
+    lane = made._batcher.lanes["predict"]
+
+    async def wait() -> None:
+        lane.waiting.extend(Job(served, Order.of(1), 0, None, weight=most) for _ in range(3))
+
+    asyncio.run(wait())
+    assert len(lane.batch()) == 1
+
+
+def test_room_is_bounded_and_says_when(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From how many are answered in a second, not from how long a lonely one takes."""
+    now = 100.0
+    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=lambda: now))
+    room = Room(256, "the queue")
+    for _ in range(50):
+        room.take(1)
+        now += 3  # alone, and slow
+        room.learn(1)
+        room.give_back(1)
+    assert room.seconds_each == 0.1
+    for _ in range(4):
+        room.take(64)
     with pytest.raises(Refusal) as refused:
-        room.take(3)
-    assert (refused.value.status, refused.value.retry_after) == (429, 1)
-    room.learn(100.0)
-    room.give_back(8)
-    room.take(10)
+        room.take(1)
+    assert (refused.value.status, refused.value.retry_after) == (429, 26)
+    for _ in range(3):
+        now += 0.64
+        room.learn(64)
+        room.give_back(64)
+    assert room.seconds_each == pytest.approx(0.01, rel=0.05)
+    room.take(192)
     with pytest.raises(Refusal) as refused:
         room.check(1)
-    assert refused.value.retry_after == round(10 * (0.95 * 0.1 + 0.05 * 100 / 8))
+    assert refused.value.retry_after == 3
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_server_whose_model_thread_died_says_so_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(Served("fruit", classifier(tmp_path), device="cpu"), timeout=1.0) as server:
+        monkeypatch.setattr(server.service._batcher, "_watch", None)
+        with ThreadPoolExecutor(1) as pool:
+            lost = pool.submit(_post, server)
+            until(lambda: server.client.get("/ready").status_code == 503)
+            assert lost.result().status_code == 504
+        server.thread.join(10)
+        assert isinstance(server.service.failure, TypeError)
 
 
 # ----------------------------------------------------------------------------------------------------- by a real server
@@ -342,6 +416,47 @@ def test_a_slow_body_is_not_waited_for(server: Running) -> None:
     assert answer.json()["error"]["code"] == "slow_upload"
 
 
+def test_a_body_in_drops_is_not_waited_for(server: Running) -> None:
+    def drops() -> Iterator[bytes]:
+        for byte in picture()[:20]:
+            yield bytes([byte])
+            time.sleep(0.1)
+
+    assert _post_stream(server, drops()).status_code == 408
+
+
+def test_drawing_has_its_own_threads_and_the_same_deadline(server: Running) -> None:
+    go = threading.Event()
+    picture_please = {"Accept": "image/png"}
+    for _ in range(2):
+        server.service._batcher.drawing.submit(go.wait, 20)
+    try:
+        start = time.monotonic()
+        assert _post(server, headers=picture_please).status_code == 504
+        assert 1.9 < time.monotonic() - start < 4
+        assert _post(server).status_code == 200
+    finally:
+        go.set()
+    assert _post(server, headers=picture_please).status_code == 200
+
+
+def test_what_was_sent_goes_with_who_sent_it(server: Running) -> None:
+    """Also where it still stands in the queue of the threads that decode."""
+    go, threads = threading.Event(), server.service._batcher._decoding._max_workers
+    for _ in range(threads):
+        server.service._batcher._decoding.submit(go.wait, 20)
+    try:
+        sent = {"images": ("mine.png", picture())}
+        assert server.client.post("/v1/predict", files=sent).status_code == 504
+        until(lambda: gc.collect() >= 0 and not _uploads("mine.png"), 5)
+    finally:
+        go.set()
+
+
+def _uploads(name: str) -> list[Upload]:
+    return [one for one in gc.get_objects() if type(one) is Upload and one.name == name]
+
+
 def test_predictions_go_on_beside_explanations(server: Running) -> None:
     """Five explain without pause, and fill their own queue; nobody who asks for a prediction is refused."""
     stop = threading.Event()
@@ -351,6 +466,7 @@ def test_predictions_go_on_beside_explanations(server: Running) -> None:
         while not stop.is_set():
             seen.add(server.client.post("/v1/explain", content=picture()).status_code)
 
+    until(lambda: server.client.post("/v1/explain", content=picture()).status_code == 200)  # the first loads libraries
     threads = [threading.Thread(target=explain) for _ in range(5)]
     for thread in threads:
         thread.start()

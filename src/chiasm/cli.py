@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
@@ -123,6 +124,8 @@ def _run(argv: list[str]) -> int:
         if not given:
             raise
         raise ChiasmError(f"{error} {given[-1]} takes all words that follow it: put it last.") from error
+    # Pillow warns of every damaged tag, tens of thousands in one file; what cannot be read is told by the verb.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     module = import_module(f"chiasm.verbs.{verb}")
     return module.show(getattr(module, function)(**flags), config)
 

@@ -64,6 +64,8 @@ _SIGNATURES = (
     (b"8BPS", "a Photoshop file; export it as PNG"),
 )
 
+_PART = 1 << 18  # pixels that are scaled to 8 bits at a time
+
 # `warnings.catch_warnings` swaps process-wide state, so threads take turns to open images; only headers are read then.
 _OPENING = threading.Lock()
 
@@ -289,20 +291,25 @@ def _what_it_is(data: bytes) -> str:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(0x0112) in range(2, 9)
+        return ImageOps.exif_transpose(image) if turned else image  # which it would copy
     except Exception:  # Damaged EXIF beside sound pixels is common: use the pixels as they lie.
         return image
 
 
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
     """Grey of 16 bits (0..65535, also when stored as 32-bit integers) or floats (0..1), scaled to 0..255."""
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image)
     top = 1.0 if image.mode == "F" else 65535.0
-    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= top):
-        raise ImageError(
-            name, f"values {values.min():g}..{values.max():g}, expected 0..{top:g}; convert it to 8 or 16 bits."
-        )
-    return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8))
+    least, most = values.min(), values.max()
+    if not (least >= 0 and most <= top):  # so also where one is not a number
+        raise ImageError(name, f"values {least:g}..{most:g}, expected 0..{top:g}; convert it to 8 or 16 bits.")
+    # Part by part: floats of a whole large image would take many times its memory.
+    flat, scaled = values.reshape(-1), np.empty(values.size, dtype=np.uint8)
+    for start in range(0, flat.size, _PART):
+        part = slice(start, start + _PART)
+        scaled[part] = np.rint(flat[part].astype(np.float64) * (255.0 / top))
+    return Image.fromarray(scaled.reshape(values.shape))
 
 
 def _one_line(error: BaseException) -> str:

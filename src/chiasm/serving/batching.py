@@ -25,6 +25,8 @@ from chiasm.serving.refusals import Refusal, broken
 
 _log = logging.getLogger("chiasm.serve")
 
+_DRAWING = 2  # threads
+
 Outcome = Any  # what the model says of an image, or the Refusal in its place
 
 
@@ -97,7 +99,8 @@ class Room:
 
     def __init__(self, most: int, what: str) -> None:
         self.taken = 0
-        self.seconds_each = 0.1  # a running mean
+        self.seconds_each = 0.1  # from one answered image to the next while several wait, a running mean
+        self._since = 0.0  # when the last one was answered, or the first one came
         self._most = most
         self._what = what
 
@@ -114,11 +117,19 @@ class Room:
         Refusal: as `check`.
         """
         self.check(count)
+        if not self.taken:
+            self._since = time.monotonic()
         self.taken += count
 
-    def learn(self, seconds: float) -> None:
-        """Note how long an answer took; to be called before its room is given back."""
-        self.seconds_each += 0.05 * (seconds / max(self.taken, 1) - self.seconds_each)
+    def learn(self, count: int) -> None:
+        """Note that so many were answered; to be called before their room is given back."""
+        now = time.monotonic()
+        each = (now - self._since) / count
+        self._since = now
+        if self.taken > count:
+            self.seconds_each += (1 - 0.95**count) * (each - self.seconds_each)
+        else:  # a lonely one takes longer than each of many
+            self.seconds_each = min(self.seconds_each, each)
 
     def give_back(self, count: int) -> None:
         """Free what was taken."""
@@ -187,38 +198,51 @@ class Batcher:
         wait: seconds for which an idle model waits for images that are being decoded.
         decoders: threads that decode.
         watch: told of each batch: its lane, and how many images it had.
+        failed: told why, should the model's thread end by a mistake of its own.
+
+    Attributes:
+        drawing: a pool of few threads for what becomes of outcomes; decoding does not keep it waiting.
     """
 
     def __init__(
-        self, lanes: dict[str, Lane], *, wait: float, decoders: int, watch: Callable[[str, int], None]
+        self,
+        lanes: dict[str, Lane],
+        *,
+        wait: float,
+        decoders: int,
+        watch: Callable[[str, int], None],
+        failed: Callable[[Exception], None],
     ) -> None:
         self.lanes = lanes
         self._wait = wait
         self._watch = watch
+        self._failed = failed
         self._coming = 0  # images that are being decoded
         self._changed = threading.Condition()
         self._stopped = False
-        self._decoders = decoders
-        self.pool = ThreadPoolExecutor(decoders, thread_name_prefix="chiasm-decode")
+        self._decoding = ThreadPoolExecutor(decoders, thread_name_prefix="chiasm-decode")
+        self.drawing = ThreadPoolExecutor(_DRAWING, thread_name_prefix="chiasm-draw")
+        self._pools = ((self._decoding, decoders), (self.drawing, _DRAWING))
         self._thread = threading.Thread(target=self._run, name="chiasm-model", daemon=True)
 
     def start(self, first: Callable[[], None]) -> None:
         """Start the threads; `first` is done in the model's."""
         import torch
 
-        # Decoding threads share the cores among themselves; each sharing out its own work again would only cost time.
+        # The pools' threads share the cores among themselves; each sharing out its own work again would only cost time.
         # The setting is a thread's own, but what a thread begins with, when it first asks, is common: so these have
         # asked before, and the model's comes last.
         threads = torch.get_num_threads()
-        together = threading.Barrier(self._decoders)
 
-        def alone() -> None:
+        def alone(together: threading.Barrier) -> None:
             together.wait()
             torch.get_num_threads()
             torch.set_num_threads(1)
 
-        for begun in [self.pool.submit(alone) for _ in range(self._decoders)]:
-            begun.result()
+        for pool, count in self._pools:
+            together = threading.Barrier(count)
+            for begun in [pool.submit(alone, together) for _ in range(count)]:
+                begun.result()
         torch.set_num_threads(threads)
         self._first = first
         self._thread.start()
@@ -230,13 +254,14 @@ class Batcher:
             self._changed.notify()
         if self._thread.ident:
             self._thread.join()
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        for pool, _ in self._pools:
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, lane: str, job: Job) -> None:
         """Take an image, from the event loop's thread; its order is filled in time."""
         with self._changed:
             self._coming += 1
-        self.pool.submit(self._prepare, self.lanes[lane], job)
+        self._decoding.submit(self._prepare, self.lanes[lane], job)
 
     def release(self, lane: str, order: Order) -> None:
         """Say that what came of an order is no longer in memory; once for each order."""
@@ -266,7 +291,14 @@ class Batcher:
             _deliver([job], [failure], 0)
 
     def _run(self) -> None:
-        self._first()
+        try:
+            self._first()
+            self._work()
+        except Exception as error:
+            _log.exception("the model's thread failed")
+            self._failed(error)
+
+    def _work(self) -> None:
         turn = list(self.lanes)
         while True:
             with self._changed:

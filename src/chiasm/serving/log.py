@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,6 +30,8 @@ class Lines(logging.Formatter):
 
 def log_to_stderr(*, quiet: bool) -> logging.Handler:
     """Send the server's lines to stderr; with `quiet` warnings and errors alone. `stop_logging` undoes it."""
+    # Pillow warns of every damaged tag, tens of thousands in one file; what cannot be read has its own answer.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.captureWarnings(True)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())

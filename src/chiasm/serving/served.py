@@ -50,12 +50,23 @@ class Served:
         return self.predictor.info
 
     def warm_up(self) -> None:
-        """Answer once, of nothing: the first answer takes longer than others, and tells which branches vote."""
+        """Answer once, of nothing: the first answer takes longer than others, and tells which branches vote.
+
+        Raises:
+            ChiasmError: where it does not work at this size of images, mostly for want of memory.
+        """
         import torch
 
         height, width = self.info.preprocess.size
-        seen = self.predictor.look(torch.zeros(3, height, width, dtype=torch.uint8))
-        (result,) = self.predictor.answer_seen([seen], [""])
+        try:
+            seen = self.predictor.look(torch.zeros(3, height, width, dtype=torch.uint8))
+            (result,) = self.predictor.answer_seen([seen], [""])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0][:200].rstrip(".")
+            raise ChiasmError(
+                f"{self.name} cannot answer an image of {height} x {width} pixels here ({reason}); "
+                "a smaller --image-size may do."
+            ) from error
         self.branches = tuple(result.branches) if isinstance(result, Classification) else ()
 
     def explain(self, pixels: Tensor, source: str, label: str | None, top: int) -> list[Explanation]:
@@ -117,6 +128,8 @@ def named(refs: Sequence[str]) -> dict[str, str]:
             name = (file.resolve().parent.name if file.name == "model.safetensors" else file.stem) or ref
             if file.is_dir():
                 name = file.resolve().name
+            elif "/" not in ref and not file.exists():
+                name = ref  # an architecture's, with its dots
         if name in models:
             raise ChiasmError(
                 f"two models would be called '{name}': {models[name]} and {path}; name one, such as other={path}"

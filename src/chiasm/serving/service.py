@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from chiasm.data.machine import cores, memory_bytes
 from chiasm.serving.batching import Batcher, Job, Lane, Order, Outcome, Room
-from chiasm.serving.decoding import decode
+from chiasm.serving.decoding import BYTES, Turns, decode
 from chiasm.serving.metrics import Metrics
 from chiasm.serving.refusals import Refusal
 from chiasm.serving.served import Models, Served
@@ -56,7 +56,7 @@ class Service:
     Attributes:
         state: 'starting', 'ready', then 'stopping'.
         active: requests that were accepted and are not answered.
-        failure: why it could not start.
+        failure: why it could not start, or go on.
     """
 
     def __init__(self, models: Models, config: ServeConfig) -> None:
@@ -74,6 +74,7 @@ class Service:
         self.failure: Exception | None = None
         self._timeout = config.timeout
         self._held = Held(self.limits.held)
+        self._turns = Turns(memory_bytes() // 4 // BYTES)
         self._rooms = {
             "predict": Room(config.queue, "the queue"),
             "explain": Room(min(EXPLANATIONS, config.queue), "the queue of explanations"),
@@ -81,12 +82,13 @@ class Service:
         self.metrics = Metrics(lambda: sum(room.taken for room in self._rooms.values()))
         self._batcher = Batcher(
             {
-                "predict": Lane(_predict, config.batch, self.limits.pixels),
+                "predict": Lane(_predict, config.batch, min(map(self._pixels, models))),
                 "explain": Lane(lambda jobs: [job.ready() for job in jobs], 1, 0),
             },
             wait=config.wait_ms / 1000,
             decoders=max(1, cores()),
             watch=self.metrics.batch,
+            failed=self._fail,
         )
 
     def start(self) -> None:
@@ -98,11 +100,15 @@ class Service:
                 for served in self.models:
                     served.warm_up()
             except Exception as error:
-                self.failure, self.state = error, "stopping"
+                self._fail(error)
             if self.state == "starting":
                 self.state = "ready"
 
         self._batcher.start(warm_up)
+
+    def _fail(self, error: Exception) -> None:
+        """A server without its model's thread ends: one that seems well would answer nothing."""
+        self.failure, self.state = error, "stopping"
 
     def stop(self) -> None:
         """End the threads, after what they are at."""
@@ -143,7 +149,7 @@ class Service:
             served: the model.
             entry: is told how many images there are, and of their batches.
             render: what becomes of an image's `Answered` and `Upload`.
-            light: whether that is quickly done; otherwise a decoding thread does it.
+            light: whether that is quickly done; otherwise another thread does it.
             alone: whether there may be one image only.
 
         Raises:
@@ -156,12 +162,13 @@ class Service:
             uploads = await read_uploads(request, self.limits, held)
             if alone and len(uploads) > 1:
                 raise Refusal(422, "one_image", f"{len(uploads)} images: one is drawn at a time.")
+            end = time.monotonic() + self._timeout
             looks = [partial(self._look, served, upload) for upload in uploads]
-            async with self._answer(request, "predict", served, entry, looks) as outcomes:
+            async with self._answer(request, "predict", served, entry, looks, end) as outcomes:
                 answers: list[tuple[str, T | Refusal]] = []
                 for outcome, upload in zip(outcomes, uploads, strict=True):
                     if isinstance(outcome, Answered):
-                        outcome = render(outcome, upload) if light else await self.aside(render, outcome, upload)
+                        outcome = render(outcome, upload) if light else await self._aside(end, render, outcome, upload)
                     answers.append((upload.name, outcome))
                 self.metrics.answered(served.name, sum(not isinstance(answer, Refusal) for _, answer in answers))
                 return answers
@@ -179,24 +186,33 @@ class Service:
             upload, *others = await read_uploads(request, self.limits, held)
             if others:
                 raise Refusal(422, "one_image", f"{1 + len(others)} images: one is explained at a time.")
+            end = time.monotonic() + self._timeout
 
             def prepare(job: Job) -> Callable[[], Any]:
-                pixels = decode(upload.data, upload.name, self._pixels(served))
+                pixels = decode(upload.data, upload.name, self._pixels(served), self._turns)
                 size = (pixels.shape[1], pixels.shape[2])
                 return lambda: (served.explain(pixels, upload.name, label, top), size)
 
-            async with self._answer(request, "explain", served, entry, [prepare]) as (outcome,):
+            async with self._answer(request, "explain", served, entry, [prepare], end) as (outcome,):
                 if isinstance(outcome, Refusal):
                     raise outcome
                 explanations, size = outcome
-                return await self.aside(render, explanations, size, upload)
+                return await self._aside(end, render, explanations, size, upload)
 
-    async def aside(self, work: Callable[..., T], *args: Any) -> T:
-        """Done in a decoding thread, while the event loop goes on."""
-        return await asyncio.get_running_loop().run_in_executor(self._batcher.pool, work, *args)
+    async def _aside(self, end: float, work: Callable[..., T], *args: Any) -> T:
+        """Done in another thread, while the event loop goes on."""
+        done = asyncio.get_running_loop().run_in_executor(self._batcher.drawing, work, *args)
+        await asyncio.wait((done,), timeout=max(0.0, end - time.monotonic()))
+        if done.done():
+            return done.result()
+        done.cancel()
+        raise self._late()
+
+    def _late(self) -> Refusal:
+        return Refusal(504, "timeout", f"no answer within {self._timeout:g} seconds.")
 
     def _look(self, served: Served, upload: Upload, job: Job) -> _Ready:
-        pixels = decode(upload.data, upload.name, self._pixels(served))
+        pixels = decode(upload.data, upload.name, self._pixels(served), self._turns)
         height, width = pixels.shape[1:]
         if served.info.task != "classify":
             job.weight = height * width
@@ -211,20 +227,25 @@ class Service:
 
     @asynccontextmanager
     async def _answer(
-        self, request: Request, lane: str, served: Served, entry: Entry, prepares: Sequence[Callable[[Job], Any]]
+        self,
+        request: Request,
+        lane: str,
+        served: Served,
+        entry: Entry,
+        prepares: Sequence[Callable[[Job], Any]],
+        end: float,
     ) -> AsyncIterator[list[Outcome]]:
         """The outcome of every image, once all are there; they are in memory until this is left."""
         room, count = self._rooms[lane], len(prepares)
         room.take(count)
-        start = time.monotonic()
         order = Order.of(count)
         entry.images = count
         jobs = [Job(served, order, index, prepare) for index, prepare in enumerate(prepares)]
         try:
             for job in jobs:
                 self._batcher.submit(lane, job)
-            await self._wait(request, order)
-            room.learn(time.monotonic() - start)
+            await self._wait(request, order, end)
+            room.learn(count)
             entry.batches = order.batches
             yield order.outcomes
         finally:
@@ -234,16 +255,17 @@ class Service:
             self._batcher.release(lane, order)
             room.give_back(count)
 
-    async def _wait(self, request: Request, order: Order) -> None:
+    async def _wait(self, request: Request, order: Order, end: float) -> None:
         """For the order's outcomes, as long as the client waits and the time is not up."""
         gone = asyncio.ensure_future(_disconnected(request))
         try:
-            await asyncio.wait((order.done, gone), timeout=self._timeout, return_when=asyncio.FIRST_COMPLETED)
+            left = max(0.0, end - time.monotonic())
+            await asyncio.wait((order.done, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if order.done.done():
                 return
             if gone.done():
                 raise Refusal(499, "gone", "the client went away.")
-            raise Refusal(504, "timeout", f"no answer within {self._timeout:g} seconds.")
+            raise self._late()
         finally:
             gone.cancel()
 

@@ -6,6 +6,7 @@ A body is one image's bytes, or multipart/form-data with one or more files in it
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ class Limits:
         bytes: of one image as it is sent.
         pixels: of one image as it is decoded.
         images: of one request.
-        seconds: the longest pause in a body.
+        seconds: in which one image's bytes come; a body of several has so many times as long as it may be larger.
         held: bytes of all requests together.
     """
 
@@ -91,7 +92,7 @@ async def read_uploads(request: Request, limits: Limits, held: Held) -> list[Upl
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > most:
         raise _too_large(most)
-    chunks = _chunks(request, most, limits.seconds, held)
+    chunks = _chunks(request, most, limits.seconds * (SEVERAL if several else 1), held)
     if not several:
         data = b"".join([chunk async for chunk in chunks])
         if not data:
@@ -105,11 +106,12 @@ async def read_uploads(request: Request, limits: Limits, held: Held) -> list[Upl
 
 async def _chunks(request: Request, most: int, seconds: float, held: Held) -> AsyncIterator[bytes]:
     size, more = 0, True
+    end = time.monotonic() + seconds
     while more:
         try:
-            message = await asyncio.wait_for(request.receive(), seconds)
+            message = await asyncio.wait_for(request.receive(), end - time.monotonic())
         except TimeoutError:
-            raise Refusal(408, "slow_upload", f"nothing of the body came for {seconds:g} seconds.") from None
+            raise Refusal(408, "slow_upload", f"the body did not come within {seconds:g} seconds.") from None
         if message["type"] == "http.disconnect":
             raise Refusal(499, "gone", "the client went away.")
         chunk = message.get("body", b"")

@@ -65,10 +65,10 @@ def show(result: None, config: ServeConfig) -> int:
 def _check(config: ServeConfig) -> None:
     if not config.models:
         raise ChiasmError("which model? Give a model file or run folder, or several as NAME=PATH.")
-    for name, least in (("batch", 1), ("queue", 1), ("wait_ms", 0), ("port", 0)):
-        if not getattr(config, name) >= least:
-            raise ChiasmError(f"{name} is {getattr(config, name)}: expected {least} or more.")
-    if config.port > 65535:
+    for name, least, most in (("batch", 1, 10_000), ("queue", 1, 1_000_000), ("wait_ms", 0, 10_000)):
+        if not least <= getattr(config, name) <= most:
+            raise ChiasmError(f"{name} is {getattr(config, name):g}: expected {least} to {most}.")
+    if not 0 <= config.port <= 65535:
         raise ChiasmError(f"port is {config.port}: expected 0 (any that is free) to 65535.")
     for name, most in (("max_mb", 1000), ("max_megapixels", 150), ("timeout", 3600)):
         if not 0 < getattr(config, name) <= most:
