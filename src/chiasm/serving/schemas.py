@@ -198,7 +198,7 @@ _REASONS = {
     401: ("key", "this server needs its key: 'Authorization: Bearer KEY' or 'X-API-Key: KEY'."),
     403: ("origin", "Origin is 'https://example.org': other sites' pages are answered if --cors names them."),
     404: ("unknown_model", "unknown model 'cats'; did you mean cat? Here is cat, dog."),
-    408: ("slow_upload", "nothing of the body came for 30 seconds."),
+    408: ("slow_upload", "the body did not come within 30 seconds."),
     413: ("body_too_large", "the body is too large: at most 20 MB are taken."),
     415: (
         "content_type",
