@@ -111,7 +111,7 @@ def conv_steps(net: nn.Module, name: str) -> ConvSteps:
     Raises:
         ChiasmError: for a network that cannot be stepped, with the reason.
     """
-    infos = _feature_info(net, name)
+    infos = _levels_of(net, name)
     kind: type[ConvSteps]
     if isinstance(net, HighResolutionNet):
         kind, names = HRNetSteps, tuple(f"incre_modules.{i}" for i in range(len(net.incre_modules or ())))
@@ -207,9 +207,14 @@ def _blocks(module: nn.Module, path: str, before: Tensor, after: Tensor, depth: 
     return names if torch.equal(x, after) else [path]
 
 
-def _feature_info(net: nn.Module, name: str) -> list[dict[str, Any]]:
+def feature_info(net: nn.Module) -> list[dict[str, Any]]:
+    """The levels that a network states, timm's way; [] where it states none."""
     infos = getattr(net, "feature_info", None)
-    infos = infos if isinstance(infos, list) else getattr(infos, "info", None)
+    return list(infos if isinstance(infos, list) else getattr(infos, "info", None) or [])
+
+
+def _levels_of(net: nn.Module, name: str) -> list[dict[str, Any]]:
+    infos = feature_info(net)
     if not infos or not hasattr(net, "forward_features"):
         raise _not_steppable(name, "it states no feature levels")
     return infos

@@ -36,7 +36,7 @@ from chiasm.models.conformer import Conformer, CoupledBlock
 from chiasm.models.coupled import Coupled, Early, Mid, Sandwich
 from chiasm.models.mobilevit import MobileViTBlock
 from chiasm.models.mobilevitv2 import MobileViTV2Block
-from chiasm.models.steps import TRANSFORMERS, ConvSteps, HRNetSteps
+from chiasm.models.steps import TRANSFORMERS, ConvSteps, HRNetSteps, feature_info
 
 Size = tuple[int, int]
 Reads = tuple[int, ...]  # the tokens that a head reads; () for the mean of the others, or a pooling of them
@@ -315,7 +315,7 @@ def _both(args: tuple[Any, ...], output: Any) -> Crossed:
 def _windows(net: nn.Module) -> list[AttentionTap]:
     """Swin's, ours and timm's."""
     found: list[tuple[str, str, Any]] = []
-    strides = {str(info["module"]): int(info["reduction"]) for info in _feature_info(net)}
+    strides = {str(info["module"]): int(info["reduction"]) for info in feature_info(net)}
     for name, module in net.named_modules():
         stride = next((stride for stage, stride in strides.items() if name.startswith(f"{stage}.")), 0)
         if isinstance(module, WindowAttention):
@@ -377,16 +377,11 @@ def _pixels_of_patches(patch: Size, args: tuple[Any, ...], canvas: Size) -> Plac
 # ------------------------------------------------------------------------------------------------- what a network names
 
 
-def _feature_info(net: Any) -> list[dict[str, Any]]:
-    infos = getattr(net, "feature_info", None)
-    return list(infos if isinstance(infos, list) else getattr(infos, "info", None) or [])
-
-
 def _stages(net: nn.Module) -> tuple[FeatureTap, ...]:
     """The maps that `feature_info` names, as far as they are what the network's `forward_intermediates` gives."""
     prefix, modules = int(getattr(net, "num_prefix_tokens", 0) or 0), dict(net.named_modules())
     taps = []
-    for info in _feature_info(net):
+    for info in feature_info(net):
         channels, stride = int(info["num_chs"]), int(info["reduction"])
         if info["module"] in modules:
             lay = partial(_by_channels, channels, stride, prefix)
