@@ -14,7 +14,6 @@ from chiasm.config import Preprocess
 from chiasm.data.images import read_image
 from chiasm.errors import ChiasmError, UnknownNameError
 from chiasm.explaining.explainer import Explainer, open_explainer
-from chiasm.explaining.explainer import _covered as explainer_covered
 from chiasm.explaining.maps import choose, gradcam, gradient_rollout, on_canvas, rollout
 from chiasm.explaining.record import Attention, Feature, record
 from chiasm.model_file import ModelInfo
@@ -281,7 +280,7 @@ def test_the_regions_of_a_segmenter() -> None:
         led = explanation.map_of("tokens", "gradient_rollout")
         assert np.minimum(led, resize(explanation.map_of("tokens"), led.shape)).sum() < 0.99
     # The canvas is higher than the image: what lies beside it is nobody's region.
-    covered = explainer_covered(one.canvas(PIXELS)[1])
+    covered = one.canvas(PIXELS)[1].covered
     assert covered.sum() == 64 * round(64 * 90 / 140)
     assert not covered[0].any()
     with pytest.raises(ChiasmError, match="classifier"):

@@ -108,13 +108,7 @@ class Predictor:
             raise _damaged(info, "a weight")
         if zoom > 1 and info.task != "segment":
             raise ChiasmError(f"zoom is {zoom}: windows are laid for segmentation; this model's task is '{info.task}'.")
-        if image_size is not None:
-            if image_size < 1:
-                raise ChiasmError(f"image_size is {image_size}: expected 1 or more.")
-            size = (image_size, image_size)
-            if size != info.preprocess.size:
-                set_input_size(getattr(model, "backbone", model) if info.task != "classify" else model, size)
-            info = replace(info, preprocess=replace(info.preprocess, size=size))
+        info = at_size(model, info, image_size)
         if branches != "both":
             _use_branches(model, info.architecture, branches)
         self.info = info
@@ -258,6 +252,22 @@ def _use_branches(model: Any, name: str, branches: str) -> None:
             "or ':late' have."
         )
     use(branches)
+
+
+def at_size(model: nn.Module, info: ModelInfo, image_size: int | None) -> ModelInfo:
+    """Set the model to square images of that side in pixels, None for its own; what is said of it then.
+
+    Raises:
+        ChiasmError: for a size that it cannot take.
+    """
+    if image_size is None:
+        return info
+    if image_size < 1:
+        raise ChiasmError(f"image_size is {image_size}: expected 1 or more.")
+    size = (image_size, image_size)
+    if size != info.preprocess.size:
+        set_input_size(getattr(model, "backbone", model) if info.task != "classify" else model, size)
+    return replace(info, preprocess=replace(info.preprocess, size=size))
 
 
 def choose_device(name: str) -> torch.device:

@@ -63,6 +63,14 @@ class Placement:
         left, top, right, bottom = self.to_original(canvas, clip=False)[0].tolist()
         return left, top, right, bottom
 
+    @property
+    def covered(self) -> Tensor:
+        """(height, width) bool: where on the canvas the image lies."""
+        whole = torch.zeros(self.canvas, dtype=torch.bool)
+        (top, left), (height, width) = self.offset, self.resized
+        whole[max(0, top) : top + height, max(0, left) : left + width] = True
+        return whole
+
     def map_to_original(self, maps: Tensor) -> Tensor:
         """Maps (N, height, width) of the canvas at the image's size, (N, H, W); 0 where the image was cut off.
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,8 @@ from chiasm.explaining.maps import choose, gradcam, gradient_rollout, on_canvas,
 from chiasm.explaining.record import Feature, Recording, record, uncoupled
 from chiasm.inference import optimize
 from chiasm.model_file import ModelInfo, resolve_model
-from chiasm.models import set_input_size
 from chiasm.models.taps import taps_of
-from chiasm.predictor import choose_device
+from chiasm.predictor import at_size, choose_device
 from chiasm.results import Explanation, Segmentation
 from chiasm.results.explanation import FUSED
 from chiasm.tasks import make_task
@@ -83,11 +82,7 @@ class Explainer:
         level: int | None = None,
     ) -> None:
         self._dense = info.task != "classify"
-        if image_size is not None:
-            if image_size < 1:
-                raise ChiasmError(f"image_size is {image_size}: expected 1 or more.")
-            set_input_size(getattr(model, "backbone", model) if self._dense else model, (image_size, image_size))
-            info = replace(info, preprocess=replace(info.preprocess, size=(image_size, image_size)))
+        info = at_size(model, info, image_size)
         if not self._dense and getattr(model, "num_classes", 1) == 0:
             raise ChiasmError(f"{info.architecture} has no head, so it names no class that could be explained.")
         self.info = info
@@ -213,16 +208,21 @@ class Explainer:
         with torch.no_grad():
             (found,) = self._task.decode(outputs, [source], [[placement]])
         assert isinstance(found, Segmentation)
-        predicted = outputs[0].argmax(0)
+        predicted, chances = outputs[0].argmax(0), outputs[0].detach().softmax(0)
+        covered = placement.covered.to(predicted.device)
         names = list(found.shares) if wanted is None else [self.info.labels[wanted]]
         for name in names[:top]:
             label = self.info.labels.index(name)
-            here = (predicted == label) & _covered(placement).to(predicted.device)
+            here = (predicted == label) & covered
             if not here.any():
                 continue
-            score = outputs[0].detach().softmax(0)[label][here].mean()
             values = dict.fromkeys(self.branches, outputs[0, label][here].mean())
-            yield _Answer(label, f"{name} ({found.shares.get(name, 0):.0%})", values, {"model": float(score)})
+            yield _Answer(
+                label,
+                f"{name} ({found.shares.get(name, 0):.0%})",
+                values,
+                {"model": float(chances[label][here].mean())},
+            )
 
     # ----------------------------------------------------------------------------------------------------------- maps
 
@@ -304,24 +304,17 @@ class Explainer:
         return whole
 
 
-class _Answer:
+class _Answer(NamedTuple):
     """One thing to explain: the scalar of each branch that its maps are gradients of."""
 
-    def __init__(
-        self, label: int, subject: str, values: dict[str, Tensor], scores: dict[str, float], box: Any = None
-    ) -> None:
-        self.label, self.subject, self.values, self.scores, self.box = label, subject, values, scores, box
+    label: int
+    subject: str
+    values: dict[str, Tensor]
+    scores: dict[str, float]
+    box: Any = None
 
 
 _Spoke = tuple[Feature, Tensor, Tensor]  # features with their map and the gradient of it
-
-
-def _covered(placement: Placement) -> Tensor:
-    """(h, w) bool: where on the canvas the image lies."""
-    whole = torch.zeros(placement.canvas, dtype=torch.bool)
-    (top, left), (height, width) = placement.offset, placement.resized
-    whole[max(0, top) : top + height, max(0, left) : left + width] = True
-    return whole
 
 
 def _with_gradients(features: Sequence[Feature], gradients: Sequence[Tensor | None]) -> list[_Spoke]:

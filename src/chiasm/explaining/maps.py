@@ -116,14 +116,8 @@ def _on_grid(worth: Tensor, of: Attention, wanted: Attention) -> Tensor:
     reach = [round(n * own / new) for n, own, new in zip(of.grid, of.stride, wanted.stride, strict=True)]
     # A coarser grid reaches further over the canvas's edge than a finer one.
     shared = _resized(grid, (max(reach[0], wanted.grid[0]), max(reach[1], wanted.grid[1])))
-    shared = shared[: wanted.grid[0], : wanted.grid[1]] * (grid.sum() / _kept(shared, wanted.grid))
+    shared = _summing_to(shared[: wanted.grid[0], : wanted.grid[1]], grid.sum())
     return torch.cat([worth[: of.prefix], shared.flatten()])
-
-
-def _kept(values: Tensor, size: Size) -> Tensor:
-    """The sum within the first places; 1 where there is nothing, to divide by."""
-    kept = values[: size[0], : size[1]].sum()
-    return kept if kept > 0 else kept + 1
 
 
 def _resized(values: Tensor, size: tuple[int, int]) -> Tensor:
@@ -131,8 +125,13 @@ def _resized(values: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(values.shape) == tuple(size):
         return values
     resized = F.interpolate(values[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
-    total = resized.sum()
-    return resized * (values.sum() / total) if total > 0 else resized
+    return _summing_to(resized, values.sum())
+
+
+def _summing_to(values: Tensor, total: Tensor) -> Tensor:
+    """The values scaled to that sum; as they are where there is nothing."""
+    own = values.sum()
+    return values * (total / own) if own > 0 else values
 
 
 def _patches(worth: Tensor, attention: Attention) -> Tensor:
