@@ -218,8 +218,8 @@ def test_parts_and_strips_give_the_whole(height: int, width: int, count: int, st
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         whole = block(images)
         patch.setattr(parts, "CACHE", cache)
-        patch.setattr(parts, "LARGE", 2 * cache)
         torch.testing.assert_close(block(images), whole, rtol=0, atol=1e-12)
+        torch.testing.assert_close(optimize(block)(images), whole, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()

@@ -389,15 +389,28 @@ def test_a_fused_convolution(sizes: dict, act: Any) -> None:
 @pytest.mark.parametrize("act", PLAIN)
 def test_a_fused_linear_layer(act: Any) -> None:
     torch.manual_seed(0)
-    linear, tokens = nn.Linear(24, 40), 3 * torch.randn(2, 9, 24)
+    linear, tokens, addend = nn.Linear(24, 40), 3 * torch.randn(2, 9, 24), torch.randn(2, 9, 40)
     layer = FusedLinear(linear, act)
-    expected = PLAIN[act](linear(tokens))
-    _assert_same(layer(tokens), expected)
+    expected, added = PLAIN[act](linear(tokens)), PLAIN[act](linear(tokens) + addend)
+    for _ in range(3):
+        _assert_same(layer(tokens), expected)
+        _assert_same(layer(tokens, addend), added)
+        _assert_same(layer(tokens, addend.clone(), overwrite=True), added)
     _assert_same(layer(tokens[:, 1:]), expected[:, 1:])  # a view, as patch tokens are of tokens
     with plainly():
         _assert_same(layer(tokens), expected)
     assert torch.equal(layer.weight, linear.weight)
     assert layer(tokens[:, :0]).shape == (2, 0, 40)
+
+
+@pytest.mark.parametrize("times", [1, 3], ids=["plainly", "by oneDNN"])
+def test_a_sum_takes_the_memory_of_what_it_is_added_to(times: int) -> None:
+    linear, tokens = FusedLinear(nn.Linear(24, 40)), torch.randn(2, 9, 24)
+    for _ in range(times):
+        addend = torch.randn(2, 9, 40)
+        expected = linear(tokens) + addend
+        linear(tokens, addend, overwrite=True)
+        _assert_same(addend, expected)
 
 
 def test_gradients_of_inputs_and_autocast_go_the_plain_way() -> None:

@@ -270,7 +270,7 @@ def peak_memory(
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["chiasm.models"])
+        context.set_forkserver_preload(["chiasm.inference", "chiasm.model_file", "chiasm.tasks.classify"])
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(sender, build, threads), daemon=True)
     child.start()

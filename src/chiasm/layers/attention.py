@@ -7,6 +7,10 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+from chiasm.layers.fused import Act, FusedLinear
+
+ACTS: dict[type[nn.Module], Act] = {nn.GELU: "gelu", nn.SiLU: "silu"}  # of the MLP
+
 
 class Attention(nn.Module):
     """Multi-head self-attention, tokens (B, N, D) -> (B, N, D), through PyTorch's fused kernel."""
@@ -19,12 +23,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        qkv = self.qkv(tokens)
-        # On a CPU the fused kernel's bf16 backward is slower than its float32 one (benchmarks/attention_cpu.py).
-        slow_bf16 = qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu"
-        query, key, value = (qkv.float() if slow_bf16 else qkv).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=self.attn_drop if self.training else 0.0)
-        return self.proj(mixed.transpose(1, 2).flatten(2).to(qkv.dtype))
+        return self.proj(_attend(self.qkv(tokens), self.heads, self.attn_drop if self.training else 0.0))
+
+
+def _attend(qkv: Tensor, heads: int, dropout: float = 0.0) -> Tensor:
+    """Queries, keys and values (B, N, 3 * D) -> (B, N, D)."""
+    # On a CPU the fused kernel's bf16 backward is slower than its float32 one (benchmarks/attention_cpu.py).
+    slow_bf16 = qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu"
+    query, key, value = (qkv.float() if slow_bf16 else qkv).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    return mixed.transpose(1, 2).flatten(2).to(qkv.dtype)
 
 
 class TransformerBlock(nn.Module):
@@ -52,3 +60,25 @@ class TransformerBlock(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+
+    def optimized(self) -> nn.Module:
+        """The same for inference."""
+        return FusedTransformerBlock(self)
+
+
+class FusedTransformerBlock(nn.Module):
+    """A `TransformerBlock` for inference: each residual is added, and the activation applied, within a product."""
+
+    def __init__(self, block: TransformerBlock) -> None:
+        super().__init__()
+        fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+        assert isinstance(fc1, nn.Linear)
+        assert isinstance(fc2, nn.Linear)
+        self.heads = block.attn.heads
+        self.norm1, self.qkv, self.proj = block.norm1, FusedLinear(block.attn.qkv), FusedLinear(block.attn.proj)
+        self.norm2, self.fc1 = block.norm2, FusedLinear(fc1, ACTS[type(block.mlp.act)])
+        self.fc2 = FusedLinear(fc2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = self.proj(_attend(self.qkv(self.norm1(tokens)), self.heads), tokens)
+        return self.fc2(self.fc1(self.norm2(tokens)), tokens)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from chiasm.layers.by_hand import by_hand
-from chiasm.layers.fused import Act, FusedConv2d, FusedLinear
+from chiasm.layers.fused import FusedConv2d
 from chiasm.layers.inverted_by_hand import train_wide
-from chiasm.layers.parts import LARGE, in_parts
+from chiasm.layers.parts import in_parts
+
+LARGE = 2**24  # bytes of a batch's wide map beyond which training does not keep them
 
 
 class ConvBnAct(nn.Module):
@@ -37,27 +36,7 @@ class ConvBnAct(nn.Module):
 
     def optimized(self) -> nn.Module:
         """The same for inference."""
-        act: Act = "silu" if self.act else "none"
-        if self.conv.kernel_size == (1, 1):
-            return FusedPointwise(self.conv, self.bn, act)
-        return FusedConv2d(self.conv, self.bn, act)
-
-
-class FusedPointwise(nn.Module):
-    """act(bn(conv(x))) of a 1x1 convolution, for inference: a product with the rows of a channels-last map.
-
-    oneDNN orders a convolution's weight for maps of one size; a product's serves all.
-    """
-
-    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act) -> None:
-        super().__init__()
-        folded = fuse_conv_bn_eval(conv, bn)
-        linear = nn.Linear(conv.in_channels, conv.out_channels, device="meta")
-        linear.weight, linear.bias = nn.Parameter(folded.weight.flatten(1)), cast(nn.Parameter, folded.bias)
-        self.linear = FusedLinear(linear, act)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return FusedConv2d(self.conv, self.bn, "silu" if self.act else "none")
 
 
 class InvertedResidual(nn.Module):
@@ -93,6 +72,10 @@ class InvertedResidual(nn.Module):
             inner = self.conv3_1x1(self.conv2_kxk(self.conv1_1x1(x)))
         return x + self.drop_path(inner) if self.residual else inner
 
+    def optimized(self) -> nn.Module:
+        """The same for inference."""
+        return FusedInvertedResidual(self)
+
     def _trains_by_hand(self, x: Tensor) -> bool:
         """Whether the batch's wide maps are beyond the cache, and the layers that make them are as they were built."""
         wide_bytes = x.numel() // x.shape[1] * self.mid_chs * x.element_size()
@@ -101,6 +84,21 @@ class InvertedResidual(nn.Module):
         return all(
             _ordinary(layer) for part in (self.conv1_1x1, self.conv2_kxk, self.conv3_1x1) for layer in part.modules()
         )
+
+
+class FusedInvertedResidual(nn.Module):
+    """An `InvertedResidual` for inference: the input is added within the last convolution."""
+
+    def __init__(self, block: InvertedResidual) -> None:
+        super().__init__()
+        self.mid_chs, self.stride, self.residual = block.mid_chs, block.stride, block.residual
+        self.conv1_1x1, self.conv2_kxk, self.conv3_1x1 = block.conv1_1x1, block.conv2_kxk, block.conv3_1x1.optimized()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_parts(self, self._forward, x, self.mid_chs, stride=self.stride)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self.conv3_1x1(self.conv2_kxk(self.conv1_1x1(x)), x if self.residual else None)
 
 
 def _ordinary(layer: nn.Module) -> bool:

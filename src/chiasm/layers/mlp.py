@@ -26,13 +26,14 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = Linear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
-        self.hidden = hidden
 
     def forward(self, tokens: Tensor) -> Tensor:
         if _ordinary(self.fc1) and _ordinary(self.fc2) and by_hand(tokens, *self.parameters()):
             weights = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
             return _Mlp.apply(tokens, *weights)
-        return _in_parts(self._through, tokens, self.hidden)
+        if not tokens.is_cpu or torch.is_grad_enabled() or not eager():
+            return self._through(tokens)
+        return _joined([self._through(part) for part in tokens.flatten(0, -2).split(PART)]).view(tokens.shape)
 
     def _through(self, tokens: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(tokens)))
@@ -43,30 +44,25 @@ class Mlp(nn.Module):
 
 
 class FusedMlp(nn.Module):
-    """An `Mlp` for inference: GELU within the first product."""
+    """An `Mlp` for inference: GELU within the first product, and an addition within the second."""
 
     def __init__(self, mlp: Mlp) -> None:
         super().__init__()
-        self.hidden = mlp.hidden
         self.fc1, self.fc2 = FusedLinear(mlp.fc1, act="gelu"), FusedLinear(mlp.fc2)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return _in_parts(self._through, tokens, self.hidden)
-
-    def _through(self, tokens: Tensor) -> Tensor:
-        return self.fc2(self.fc1(tokens))
+    def forward(self, tokens: Tensor, addend: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
+        """`addend`, of the tokens' shape, is added; see `FusedLinear`."""
+        if addend is None or not overwrite:
+            return self.fc2(self.fc1(tokens), addend)
+        for part, target in zip(tokens.flatten(0, -2).split(PART), addend.flatten(0, -2).split(PART), strict=True):
+            self.fc2(self.fc1(part), target, overwrite=True)
+        return addend
 
 
 def _ordinary(layer: nn.Module) -> bool:
     """Whether the layer is its weight and bias and nothing else: no subclass, no hook that wants to see it called."""
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
     return type(layer) is Linear and not any(hooks)
-
-
-def _in_parts(through: Any, tokens: Tensor, hidden: int) -> Tensor:
-    if not tokens.is_cpu or torch.is_grad_enabled() or not eager():
-        return through(tokens)
-    return _joined([through(part) for part in tokens.flatten(0, -2).split(PART)]).view(tokens.shape)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-CACHE = 4 * 2**20  # bytes of the widest inner map for each thread
-LARGE = 4 * CACHE  # and for all together; an image that needs more is cut into strips, where it can be
+CACHE = 3 * 2**20  # bytes of the widest inner map for each thread; an image that needs more is cut into strips
+THREADS = 4  # that are reckoned with: what all of them have in cache together is no longer at hand for each
 
 
 def images_in_cache(x: Tensor, widest: int) -> int:
@@ -42,7 +42,7 @@ def in_parts(
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return function(x)
     part, strips = images_in_cache(x, widest), []
-    if stride is not None and _image_bytes(x, widest) > LARGE:
+    if stride is not None and _image_bytes(x, widest) > _budget():
         strips = list(_strips(x.shape[2], stride, max(1, _budget() // _image_bytes(x[:, :, :stride], widest) - 2)))
     if (x.shape[0] <= part and not strips) or _is_watched(layer):
         return function(x)
@@ -58,7 +58,7 @@ def _is_watched(layer: nn.Module) -> bool:
 
 
 def _budget() -> int:
-    return min(LARGE, CACHE * torch.get_num_threads())
+    return CACHE * min(THREADS, torch.get_num_threads())
 
 
 def _image_bytes(x: Tensor, channels: int) -> int:
@@ -69,9 +69,11 @@ def _strips(height: int, stride: int, rows: int) -> Iterator[tuple[slice, slice]
     """Strips of a map for a 3x3 convolution: the input's rows, and which of the output's rows to keep.
 
     An output row of the strip beside its border has seen zeros where the map goes on: one on each side is dropped.
-    All strips are of one height, but for a row where `height` does not divide by the stride.
+    All strips are of one height, but for a row where `height` does not divide by the stride, and as many as it takes
+    for each to give at most `rows` rows.
     """
     total = -(-height // stride)
+    rows = -(-total // -(-total // rows))
     for start in range(0, total, rows):
         stop = min(start + rows, total)
         low = max(0, min(start - 1, height // stride - rows - 2))

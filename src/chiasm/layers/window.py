@@ -225,13 +225,16 @@ class FusedWindowAttention(nn.Module):
         self.register_buffer("bias", attention.bias().detach().contiguous())
         self._last: tuple[Tensor | None, Tensor] | None = None  # the mask last seen, and what came of it
 
-    def forward(self, tokens: Tensor, windows: Windows) -> Tensor:
+    def forward(
+        self, tokens: Tensor, windows: Windows, addend: Tensor | None = None, *, overwrite: bool = False
+    ) -> Tensor:
+        """`addend`, of the tokens' shape, is added; see `FusedLinear`."""
         if windows.empty is not None:
             tokens = into_windows(tokens, windows)
         mixed = _fused_attention(self.qkv(tokens), self._added(windows.mask))
         if windows.empty is not None:
             mixed = out_of_windows(mixed, windows)
-        return self.proj(mixed)
+        return self.proj(mixed, addend, overwrite=overwrite)
 
     def _added(self, mask: Tensor | None) -> Tensor:
         last = self._last

@@ -231,11 +231,11 @@ class FusedSwinBlock(nn.Module):
 
     def forward(self, tokens: Tensor, windows: Windows) -> Tensor:
         if not tokens.is_cpu or torch.is_grad_enabled() or not eager():
-            tokens = tokens + self.attn(self.norm1(tokens), windows)
-            return tokens + self.mlp(self.norm2(tokens))
+            tokens = self.attn(self.norm1(tokens), windows, tokens, overwrite=False)
+            return self.mlp(self.norm2(tokens), tokens, overwrite=False)
         for images in tokens.split(max(PART // tokens.shape[1], 1)):
-            images += self.attn(self.norm1(images), windows)
-            images += self.mlp(self.norm2(images))
+            self.attn(self.norm1(images), windows, images, overwrite=True)
+            self.mlp(self.norm2(images), images, overwrite=True)
         return tokens
 
 

@@ -244,7 +244,7 @@ def _work(
         return infer
 
     task: Any = Classify(model.train(), ())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=True)  # as `chiasm train` does
     targets = torch.zeros(batch, dtype=torch.long, device=where)
     forward = torch.compile(task) if form == "compiled" else task
 
