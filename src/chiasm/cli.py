@@ -54,6 +54,9 @@ VERBS: dict[str, tuple[type[Config], str]] = {
     "demo": (DemoConfig, "demo"),
 }
 
+# A server gives back what a large image needed; a benchmark measures what PyTorch does by itself.
+HAND_BACK = ("serve", "bench")
+
 HELP = f"""chiasm {__version__}: vision models that join convolution and self-attention.
 
 usage: chiasm VERB ...
@@ -126,6 +129,10 @@ def _run(argv: list[str]) -> int:
         raise ChiasmError(f"{error} {given[-1]} takes all words that follow it: put it last.") from error
     # Pillow warns of every damaged tag, tens of thousands in one file; what cannot be read is told by the verb.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    if verb not in HAND_BACK:
+        from chiasm.data.machine import keep_freed_memory
+
+        keep_freed_memory()
     module = import_module(f"chiasm.verbs.{verb}")
     return module.show(getattr(module, function)(**flags), config)
 

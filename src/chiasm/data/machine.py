@@ -1,7 +1,8 @@
-"""What this process may use of the machine: cores and memory."""
+"""What this process may use of the machine, cores and memory, and what it keeps."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -40,3 +41,26 @@ def default_workers() -> int:
     if torch.cuda.is_available():
         return min(cores(), 8)
     return min(cores() // 4, 4)
+
+
+# glibc's malloc.h: from which size on a block is a mapping of its own, and how much may lie free before it is given back.
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+LARGEST_KEPT, NEVER = 2**30, 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Keep the memory that this process frees for what it asks for next; whether the system can (Linux's glibc).
+
+    By itself glibc hands large blocks back at once, and the system gives them out again page by page, each filled with
+    zeros: on a CPU a tenth to a quarter of a training step goes there. The peak stays as it is; afterwards the process
+    keeps what it had.
+    """
+    try:
+        library = ctypes.CDLL(None)
+        return bool(
+            library.gnu_get_libc_version
+            and library.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+            and library.mallopt(M_TRIM_THRESHOLD, NEVER)
+        )
+    except (OSError, AttributeError, TypeError):  # another system, another library
+        return False
