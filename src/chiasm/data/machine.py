@@ -43,7 +43,7 @@ def default_workers() -> int:
     return min(cores() // 4, 4)
 
 
-# glibc's malloc.h: from which size on a block is a mapping of its own, and how much may lie free before it is given back.
+# glibc's malloc.h: from which size on a block is a mapping of its own, and how much may lie free and be kept.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 LARGEST_KEPT, NEVER = 2**30, 2**31 - 1
 
