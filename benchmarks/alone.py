@@ -24,7 +24,7 @@ import torch
 
 from chiasm.data.machine import keep_freed_memory
 from chiasm.measure import WARM, Times, machine, ratio
-from chiasm.verbs.bench import _work
+from chiasm.verbs.bench import work_of
 
 PAIRS = {
     "Swin-T": ("swin_tiny_window7_224", "timm:swin_tiny_patch4_window7_224", 224),
@@ -117,7 +117,7 @@ def _median(times: Times) -> float:
 def _child(pipe: Any, what: tuple[Any, ...], keep: bool) -> None:
     if keep:
         keep_freed_memory()
-    work = _work(*what)
+    work = work_of(*what)
     for _ in range(WARM):
         work()
     pipe.send("ready")

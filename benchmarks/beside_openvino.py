@@ -40,8 +40,8 @@ def main() -> None:
     lines = [
         "# Beside OpenVINO",
         "",
-        f"`python benchmarks/beside_openvino.py --out FOLDER --rounds {args.rounds}`, {date.today()}, {told['processor']} "
-        f"({told['instructions']}), {told['threads']} threads, torch {told['torch']}, OpenVINO {_version()}",
+        f"`python benchmarks/beside_openvino.py --out FOLDER --rounds {args.rounds}`, {date.today()}, "
+        f"{told['processor']} ({told['instructions']}), {told['threads']} threads, torch {told['torch']}, OpenVINO {_version()}",
         "",
         "'x OpenVINO' is how many times as fast as timm's model through OpenVINO, with its 95 % interval.",
         "",

@@ -213,7 +213,7 @@ def _build(ref: str, size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int
     return model, (input_channels(model), *(size or own))
 
 
-def _work(
+def work_of(
     ref: str, shape: tuple[int, int, int], mode: str, form: str, batch: int, layout: str, precision: str, device: str
 ) -> Work:
     """What is timed: one forward pass, or one training step, of the model built anew."""
@@ -353,7 +353,7 @@ class _Run:
         """What makes the work of a row, also in another process."""
         layout = row.memory_format or "contiguous"
         how = (row.mode, row.form, row.batch, layout, self.config.precision, str(self.device))
-        return partial(_work, row.model, subject.shape, *how)
+        return partial(work_of, row.model, subject.shape, *how)
 
     def _prepare(self, row: Row, subject: Subject) -> tuple[Work | None, Row]:
         """The work, warmed up, or the row with its error."""
