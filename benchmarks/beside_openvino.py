@@ -41,7 +41,8 @@ def main() -> None:
         "# Beside OpenVINO",
         "",
         f"`python benchmarks/beside_openvino.py --out FOLDER --rounds {args.rounds}`, {date.today()}, "
-        f"{told['processor']} ({told['instructions']}), {told['threads']} threads, torch {told['torch']}, OpenVINO {_version()}",
+        f"{told['processor']} ({told['instructions']}), {told['threads']} threads, torch {told['torch']}, "
+        f"OpenVINO {_version()}",
         "",
         "'x OpenVINO' is how many times as fast as timm's model through OpenVINO, with its 95 % interval.",
         "",
