@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import chiasm
 from chiasm.config import Preprocess
 from chiasm.inference import ACTIVATIONS, optimize
+from chiasm.layers.attention import FusedTransformerBlock, TransformerBlock
 from chiasm.layers.fused import Fused, FusedConv2d, FusedLinear, plainly
 from chiasm.model_file import ModelInfo
 from chiasm.models import create_model, list_models
@@ -319,6 +320,48 @@ def test_a_network_that_would_answer_differently_is_left_as_it_is(kind: type[nn.
     faster = optimize(model)
     _assert_same(faster(_images(40, 33)), model(_images(40, 33)))
     assert not any(isinstance(module, Fused) for module in faster.modules())
+
+
+class _Doubling(nn.Linear):
+    """As a low-rank adapter does: another product with the same weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class _Backwards(TransformerBlock):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens.flip(1)).sin()
+
+
+def _exchanged(how: str) -> nn.Module:
+    kind = _Backwards if how == "derived" else TransformerBlock
+    block = kind(16, heads=2, act=nn.ReLU if how == "relu" else nn.GELU)
+    if how == "linear":
+        block.attn.proj = _Doubling(16, 16)
+    if how == "attention":
+        block.attn = nn.Identity()
+    if how == "mlp":
+        block.mlp = nn.Sequential(nn.Linear(16, 16))
+    if how == "hook":
+        block.attn.register_forward_hook(lambda module, inputs, output: 3 * output)
+    return block
+
+
+@pytest.mark.parametrize("how", ["as built", "derived", "relu", "linear", "attention", "mlp", "hook"])
+def test_a_block_whose_parts_were_exchanged_answers_as_before(how: str) -> None:
+    torch.manual_seed(0)
+    block = _exchanged(how).eval()
+    net = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), _Tokens(), block).eval()
+    faster, images = optimize(net), _images(16, 24)
+    for _ in range(3):
+        _assert_same(faster(images), net(images))
+    assert isinstance(faster[3], FusedTransformerBlock) == (how == "as built")
+
+
+class _Tokens(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
 
 
 def test_what_is_fused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -177,6 +178,33 @@ RATES = {"adamw": 3e-3, "adam": 3e-3, "lamb": 1e-2, "lion": 5e-4, "sgd": 5e-2, "
 def test_the_loss_falls_with_every_optimizer(train: Callable[..., TrainResult], optimizer: str) -> None:
     losses = [row["train_loss"] for row in rows(train(optimizer=optimizer, lr=RATES[optimizer], epochs=5).run)]
     assert losses[-1] < 0.85 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_state_of_other_weights_in_memory_goes_on_alike(name: str) -> None:
+    """That of an optimiser that was not fused, over weights in another memory format."""
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(4, 6, 3)
+    images = torch.randn(2, 4, 8, 8)
+
+    def step(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        net(images).square().mean().backward()
+        optimizer.step()
+
+    config = TrainConfig(optimizer=name, lr=0.05)
+    before = make_optimizer(model, config)
+    for group in before.param_groups:
+        group["fused"] = None
+    step(model, before)
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    after = make_optimizer(other, config)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert all(group["fused"] for group in after.param_groups)
+    for _ in range(3):
+        step(model, before)
+        step(other, after)
+    torch.testing.assert_close(other.weight, model.weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,8 @@ VERBS: dict[str, tuple[type[Config], str]] = {
     "demo": (DemoConfig, "demo"),
 }
 
-# A server gives back what a large image needed; a benchmark measures what PyTorch does by itself.
-HAND_BACK = ("serve", "bench")
+# What these ask memory for is of the same sizes step by step.
+KEEP_MEMORY = ("train", "compare", "demo")
 
 HELP = f"""chiasm {__version__}: vision models that join convolution and self-attention.
 
@@ -129,7 +129,7 @@ def _run(argv: list[str]) -> int:
         raise ChiasmError(f"{error} {given[-1]} takes all words that follow it: put it last.") from error
     # Pillow warns of every damaged tag, tens of thousands in one file; what cannot be read is told by the verb.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    if verb not in HAND_BACK:
+    if verb in KEEP_MEMORY:
         from chiasm.data.machine import keep_freed_memory
 
         keep_freed_memory()

@@ -8,7 +8,7 @@ Three steps on a copy of the model in evaluation mode:
    behind convolutions and linear layers are folded into them, activations are fused to them, and all of these become
    `chiasm.layers.fused`, channels-last. Nothing is concluded from names or from the order of modules;
 3. the answers are compared with the original's. Should they differ, as a network may do what a watcher does not see,
-   what came of the second step is dropped.
+   what came of the second step is dropped, and then what came of the first.
 """
 
 from __future__ import annotations
@@ -76,8 +76,12 @@ def optimize(model: nn.Module) -> nn.Module:
             _fuse(faster, _watch(faster, known[0][0]))
         if all(_gives(faster, images, answer) for images, answer in known):
             return faster
-    _log.debug("%s: fused, it answered differently; it stays as its layers are", type(model).__name__)
-    return _replace(_frozen(model), {})
+        _log.debug("%s: fused, it answered differently", type(model).__name__)
+        faster = _replace(_frozen(model), {})
+        if all(_gives(faster, images, answer) for images, answer in known):
+            return faster
+    _log.debug("%s: with other layers, too; it stays as it is", type(model).__name__)
+    return _frozen(model)
 
 
 @contextmanager
@@ -130,10 +134,14 @@ def _gives(model: nn.Module, images: Tensor, expected: Any) -> bool:
 
 
 def _replace(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The module with each one in it that knows a faster form replaced by that, from the top down."""
+    """The module with each one in it that knows a faster form replaced by that, from the top down.
+
+    What a class says of itself does not hold for one derived from it, nor where somebody watches a layer within.
+    """
     if module not in done:
-        form = getattr(module, "optimized", None)
-        done[module] = faster = module if form is None else form()
+        watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.modules())
+        form: Any = getattr(module, "optimized", None) if "optimized" in vars(type(module)) else None
+        done[module] = faster = module if form is None or watched else form()
         for name, child in list(faster._modules.items()):
             if child is not None:
                 faster.add_module(name, _replace(child, done))

@@ -45,21 +45,24 @@ def default_workers() -> int:
 
 # glibc's malloc.h: from which size on a block is a mapping of its own, and how much may lie free and be kept.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-LARGEST_KEPT, NEVER = 2**30, 2**31 - 1
+LARGEST_KEPT, LARGEST_ONCE, NEVER = 2**30, 2**25, 2**31 - 1  # older releases refuse a threshold above 32 MB
 
 
 def keep_freed_memory() -> bool:
     """Keep the memory that this process frees for what it asks for next; whether the system can (Linux's glibc).
 
     By itself glibc hands large blocks back at once, and the system gives them out again page by page, each filled with
-    zeros: on a CPU a tenth to a quarter of a training step goes there. The peak stays as it is; afterwards the process
-    keeps what it had.
+    zeros: on a CPU 3 to 44 % of a training step go there (benchmarks/speed/alone). For work that asks for the same
+    sizes again and again, as training does, the peak stays as it is; where sizes differ each time, it can grow. What
+    MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ or GLIBC_TUNABLES say goes first.
     """
+    if any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")):
+        return False
     try:
         library = ctypes.CDLL(None)
         return bool(
             library.gnu_get_libc_version
-            and library.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+            and any(library.mallopt(M_MMAP_THRESHOLD, size) for size in (LARGEST_KEPT, LARGEST_ONCE))
             and library.mallopt(M_TRIM_THRESHOLD, NEVER)
         )
     except (OSError, AttributeError, TypeError):  # another system, another library

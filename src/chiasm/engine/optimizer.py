@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.optim import create_optimizer_v2
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from chiasm.config import TrainConfig
@@ -13,7 +14,7 @@ from chiasm.engine.freeze import prefixes
 from chiasm.errors import ChiasmError, UnknownNameError
 
 BETA2 = {"adamw": 0.999, "adam": 0.999, "lamb": 0.999, "lion": 0.99}
-FUSED = ("adamw", "adam", "sgd")  # PyTorch's own: one pass over each weight, on a CPU three times as fast
+FUSED = ("adamw", "adam", "sgd")  # PyTorch's own, in one pass over each weight
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
@@ -46,8 +47,26 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     # It could undo a loss scale by itself, in which case Lightning clips no gradients; Lightning is to undo it.
     if hasattr(optimizer, "_step_supports_amp_scaling"):
         optimizer._step_supports_amp_scaling = False
+    if config.optimizer in FUSED:
+        optimizer.register_load_state_dict_post_hook(_fit_for_fused)
     _scale_parts(optimizer, model, config.lr_scale)
     return optimizer
+
+
+def _fit_for_fused(optimizer: Optimizer) -> None:
+    """After loading a state: it may be of a step that was not fused, or of weights in another memory format, which the
+    fused step on a CPU would read as if it were in theirs."""
+    for group in optimizer.param_groups:
+        group["fused"] = True
+        for parameter in group["params"]:
+            kept = optimizer.state.get(parameter, {})
+            for name, value in kept.items():
+                if not isinstance(value, Tensor):
+                    continue
+                if value.shape == parameter.shape:
+                    kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                elif name == "step":
+                    kept[name] = value.to(parameter.device, torch.float32)
 
 
 def _scale_parts(optimizer: Optimizer, model: nn.Module, scales: dict[str, Any]) -> None:

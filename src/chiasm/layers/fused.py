@@ -219,7 +219,8 @@ class FusedLinear(Fused):
         return ordered.to_dense().flatten(1)
 
     def forward(self, x: Tensor, addend: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
-        """`addend` has the output's shape; with `overwrite`, where no gradient is wanted, its memory becomes it."""
+        """`addend` has the output's shape. With `overwrite` its memory may become the output's; it does where it is
+        contiguous, no gradient is wanted and no activation follows."""
         if _by_onednn(x) and (weight := self._ordered_for(as_map := _as_map(x))) is not None:
             y = self._convolve(as_map, weight, None if addend is None else _as_map(addend), overwrite)
             return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
@@ -256,7 +257,8 @@ class FusedConv2d(Fused):
         return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
     def forward(self, x: Tensor, addend: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
-        """`addend` has the output's shape; with `overwrite`, where no gradient is wanted, its memory becomes it."""
+        """`addend` has the output's shape. With `overwrite` its memory may become the output's; it does where it is
+        channels-last, no gradient is wanted and no activation follows."""
         x = x.contiguous(memory_format=torch.channels_last)
         if _by_onednn(x) and (weight := self._ordered_for(x)) is not None:
             return self._convolve(x, weight, addend, overwrite)

@@ -73,8 +73,9 @@ class InvertedResidual(nn.Module):
         return x + self.drop_path(inner) if self.residual else inner
 
     def optimized(self) -> nn.Module:
-        """The same for inference."""
-        return FusedInvertedResidual(self)
+        """The same for inference; itself where one of its layers was exchanged for another kind."""
+        convs = self.conv1_1x1, self.conv2_kxk, self.conv3_1x1
+        return FusedInvertedResidual(self) if all(type(conv) is ConvBnAct for conv in convs) else self
 
     def _trains_by_hand(self, x: Tensor) -> bool:
         """Whether the batch's wide maps are beyond the cache, and the layers that make them are as they were built."""

@@ -52,7 +52,7 @@ class FusedMlp(nn.Module):
 
     def forward(self, tokens: Tensor, addend: Tensor | None = None, *, overwrite: bool = False) -> Tensor:
         """`addend`, of the tokens' shape, is added; see `FusedLinear`."""
-        if addend is None or not overwrite:
+        if addend is None or not (overwrite and addend.is_contiguous()):
             return self.fc2(self.fc1(tokens), addend)
         for part, target in zip(tokens.flatten(0, -2).split(PART), addend.flatten(0, -2).split(PART), strict=True):
             self.fc2(self.fc1(part), target, overwrite=True)

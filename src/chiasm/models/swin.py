@@ -230,7 +230,7 @@ class FusedSwinBlock(nn.Module):
         self.norm2, self.mlp = block.norm2, block.mlp.optimized()
 
     def forward(self, tokens: Tensor, windows: Windows) -> Tensor:
-        if not tokens.is_cpu or torch.is_grad_enabled() or not eager():
+        if not (tokens.is_cpu and tokens.is_contiguous()) or torch.is_grad_enabled() or not eager():
             tokens = self.attn(self.norm1(tokens), windows, tokens, overwrite=False)
             return self.mlp(self.norm2(tokens), tokens, overwrite=False)
         for images in tokens.split(max(PART // tokens.shape[1], 1)):
