@@ -25,12 +25,11 @@ from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d
-from timm.layers.activations import GELU, HardSwish, Swish
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from chiasm.layers.fused import Act, Fused, FusedConv2d, FusedLinear, plainly
+from chiasm.layers.fused import ACTIVATIONS, Act, Fused, FusedConv2d, FusedLinear, act_of, plainly
 from chiasm.models.checkpoints import input_channels
 
 _log = logging.getLogger("chiasm.inference")
@@ -38,17 +37,6 @@ _log = logging.getLogger("chiasm.inference")
 # Sizes tried first on a model that may take any: small, for speed, and one that nothing divides.
 PROBES = ((64, 96), (75, 118))
 
-ACTIVATIONS: dict[type[nn.Module], Act] = {
-    nn.Identity: "none",
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.SiLU: "silu",
-    Swish: "silu",
-    nn.GELU: "gelu",
-    GELU: "gelu",
-    nn.Hardswish: "hardswish",
-    HardSwish: "hardswish",
-}
 _NOTHING = (nn.Identity, type(None))
 NORMS = (nn.BatchNorm2d, BatchNormAct2d, nn.BatchNorm1d)
 
@@ -244,10 +232,10 @@ def _fuse(model: nn.Module, seen: _Watch) -> None:
         if behind and _folds(model.get_submodule(behind), layer, seen.is_matrix(name)):
             norm = model.get_submodule(behind)
             inner = getattr(norm, "act", nn.Identity())
-            act = _act(inner)
+            act = act_of(inner)
             _put(model, behind, inner if act is None else nn.Identity())
             behind = seen.next_of(behind) if act == "none" else None
-        if behind and (act := _act(model.get_submodule(behind))):
+        if behind and (act := act_of(model.get_submodule(behind))):
             _put(model, behind, nn.Identity())
         act = act or "none"
         if isinstance(layer, nn.Conv2d):
@@ -260,11 +248,6 @@ def _folds(norm: Any, layer: nn.Module, matrix: bool) -> bool:
     """Whether `norm` is an affine map of the layer's output channels and so can be part of the layer."""
     kinds = (nn.BatchNorm2d, BatchNormAct2d) if isinstance(layer, nn.Conv2d) else (nn.BatchNorm1d,) if matrix else ()
     return type(norm) in kinds and norm.running_mean is not None and type(getattr(norm, "drop", None)) in _NOTHING
-
-
-def _act(module: nn.Module) -> Act | None:
-    exact = getattr(module, "approximate", "none") == "none"
-    return ACTIVATIONS.get(type(module)) if exact else None
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

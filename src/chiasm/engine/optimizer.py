@@ -36,7 +36,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         own = {"betas": (config.momentum, BETA2[config.optimizer])}
     if config.optimizer in FUSED:
         own["fused"] = True
-    optimizer = create_optimizer_v2(
+    optimizer: Any = create_optimizer_v2(
         model,
         opt=config.optimizer,
         lr=config.lr,
@@ -44,10 +44,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         layer_decay=config.layer_decay,
         **own,
     )
-    # It could undo a loss scale by itself, in which case Lightning clips no gradients; Lightning is to undo it.
-    if hasattr(optimizer, "_step_supports_amp_scaling"):
-        optimizer._step_supports_amp_scaling = False
     if config.optimizer in FUSED:
+        # It could undo a loss scale by itself, in which case Lightning clips no gradients; Lightning is to undo it.
+        optimizer._step_supports_amp_scaling = False
         optimizer.register_load_state_dict_post_hook(_fit_for_fused)
     _scale_parts(optimizer, model, config.lr_scale)
     return optimizer

@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from chiasm.layers.fused import Act, FusedLinear
-
-ACTS: dict[type[nn.Module], Act] = {nn.GELU: "gelu", nn.SiLU: "silu"}  # of the MLP
+from chiasm.layers.fused import FusedLinear, act_of
 
 
 class Attention(nn.Module):
@@ -63,11 +61,16 @@ class TransformerBlock(nn.Module):
 
     def optimized(self) -> nn.Module:
         """The same for inference; itself where one of its layers was exchanged for another kind."""
-        linear = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2) if self._as_built() else ()
-        return FusedTransformerBlock(self) if linear and all(type(layer) is nn.Linear for layer in linear) else self
+        return FusedTransformerBlock(self) if self._as_built() else self
 
     def _as_built(self) -> bool:
-        return type(self.attn) is Attention and type(self.mlp) is Mlp and type(self.mlp.act) in ACTS
+        if (
+            type(self.attn) is not Attention
+            or type(self.mlp) is not Mlp
+            or act_of(self.mlp.act) not in ("gelu", "silu")
+        ):
+            return False
+        return all(type(layer) is nn.Linear for layer in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2))
 
 
 class FusedTransformerBlock(nn.Module):
@@ -75,12 +78,13 @@ class FusedTransformerBlock(nn.Module):
 
     def __init__(self, block: TransformerBlock) -> None:
         super().__init__()
-        fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+        fc1, act, fc2 = block.mlp.fc1, act_of(block.mlp.act), block.mlp.fc2
         assert isinstance(fc1, nn.Linear)
         assert isinstance(fc2, nn.Linear)
+        assert act is not None
         self.heads = block.attn.heads
         self.norm1, self.qkv, self.proj = block.norm1, FusedLinear(block.attn.qkv), FusedLinear(block.attn.proj)
-        self.norm2, self.fc1 = block.norm2, FusedLinear(fc1, ACTS[type(block.mlp.act)])
+        self.norm2, self.fc1 = block.norm2, FusedLinear(fc1, act)
         self.fc2 = FusedLinear(fc2)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chiasm.layers.fused import FusedLinear
+from chiasm.layers.fused import FusedLinear, traced
 
 PART = 2**20  # numbers in the largest intermediate of one part: 4 MB, which the outer cache holds
 
@@ -38,7 +38,7 @@ def watched() -> Iterator[None]:
 
 def eager() -> bool:
     """Whether operators are just computed: not traced, compiled or transformed."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+    return not (traced() or torch._C._are_functorch_transforms_active())
 
 
 def by_hand(*tensors: Tensor | None, half: bool = False) -> bool:

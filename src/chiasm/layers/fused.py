@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from timm.layers.activations import GELU, HardSwish, Swish
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -40,6 +41,26 @@ _ACTS: dict[str, tuple[Callable[[Tensor], Tensor], str | None, list[float], str]
     "gelu": (F.gelu, "gelu", [], "none"),  # the exact one, by the error function
     "hardswish": (F.hardswish, "hardswish", [], ""),
 }
+
+
+# What modules of others are called here.
+ACTIVATIONS: dict[type[nn.Module], Act] = {
+    nn.Identity: "none",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    Swish: "silu",
+    nn.GELU: "gelu",
+    GELU: "gelu",
+    nn.Hardswish: "hardswish",
+    HardSwish: "hardswish",
+}
+
+
+def act_of(module: nn.Module) -> Act | None:
+    """The name of an activation; None where it is not known here."""
+    exact = getattr(module, "approximate", "none") == "none"
+    return ACTIVATIONS.get(type(module)) if exact else None
 
 
 _ORDERING = threading.RLock()  # a weight changes its form while no other thread looks at it
@@ -84,11 +105,12 @@ def _by_onednn(x: Tensor) -> bool:
         and not getattr(_PLAINLY, "on", False)
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.is_autocast_enabled("cpu")
-        and not _traced()
+        and not traced()
     )
 
 
-def _traced() -> bool:
+def traced() -> bool:
+    """Whether a graph is being made of what is computed."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -190,7 +212,7 @@ class Fused(nn.Module):
     def _finish(self, y: Tensor, addend: Tensor | None, overwrite: bool) -> Tensor:
         """The addition and the activation behind a product in the plain way."""
         if addend is not None:
-            written_over = overwrite and not torch.is_grad_enabled() and not _traced()
+            written_over = overwrite and not torch.is_grad_enabled() and not traced()
             y = addend.add_(y) if written_over else y + addend
         return _ACTS[self.act][0](y)
 

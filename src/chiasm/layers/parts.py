@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from chiasm.layers.fused import traced
+
 CACHE = 3 * 2**20  # bytes of the widest inner map for each thread; an image that needs more is cut into strips
 THREADS = 4  # that are reckoned with: what all of them have in cache together is no longer at hand for each
 
@@ -39,7 +41,7 @@ def in_parts(
         stride: given where `function` is local, one 3x3 convolution of this stride and padding 1 between pointwise
             layers; very large images are then cut into strips too.
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if x.device.type != "cpu" or torch.is_grad_enabled() or traced():
         return function(x)
     part, strips = images_in_cache(x, widest), []
     if stride is not None and _image_bytes(x, widest) > _budget():
