@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from chiasm.data.machine import free_products_memory
 from chiasm.layers.fused import ACTIVATIONS, Act, Fused, FusedConv2d, FusedLinear, act_of, plainly
 from chiasm.models.checkpoints import input_channels
 
@@ -56,6 +57,13 @@ def optimize(model: nn.Module) -> nn.Module:
     """
     if any(isinstance(module, Fused) for module in model.modules()):
         return deepcopy(model)
+    try:
+        return _optimized(model)
+    finally:
+        free_products_memory()  # of the trials; the copy's own products are not made there
+
+
+def _optimized(model: nn.Module) -> nn.Module:
     faster = _frozen(model)
     with plainly(), _without_onednn():
         known = list(_answers(faster))

@@ -128,9 +128,9 @@ class Fused(nn.Module):
     """A frozen weight, bias and activation. The weight is held once: as the parameter `plain`, or in oneDNN's order.
 
     Which order is fastest depends on the input's shape, and for each layer and shape that it has seen oneDNN keeps
-    some hundred kilobytes. So the weight is ordered for a shape that comes twice in a row; others are computed in the
-    plain way, and inputs of ever other sizes cost no memory. Moving to another device or type, copying and pickling go
-    through the plain form.
+    some hundred kilobytes. So the weight is ordered for the first shape, and for another one when it comes twice in a
+    row; others are computed in the plain way, and inputs of ever other sizes cost no memory. Moving to another device
+    or type, copying and pickling go through the plain form.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: Act) -> None:
@@ -174,7 +174,7 @@ class Fused(nn.Module):
         return ordered[1]
 
     def _order_anew(self, x: Tensor) -> Tensor | None:
-        """Order the weight for this shape if it was the last call's too."""
+        """Order the weight for this shape if it is the first, or was the last call's too."""
         shape = tuple(x.shape)
         with _ORDERING:
             if self._held.dtype != x.dtype:
@@ -182,7 +182,7 @@ class Fused(nn.Module):
             before, self._other = self._other, shape
             # A weight that is made within inference mode could serve no gradient later.
             with torch.inference_mode(False), torch.no_grad():
-                if before == shape:
+                if before == shape or (before is None and self._ordered is None):
                     weight = self.weight.detach()
                     weight = weight.view(*weight.shape, *[1] * (4 - weight.ndim))
                     ordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._sizes, list(shape))
