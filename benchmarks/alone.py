@@ -24,7 +24,7 @@ import torch
 
 from chiasm.data.machine import keep_freed_memory
 from chiasm.measure import WARM, Times, machine, ratio
-from chiasm.verbs.bench import work_of
+from chiasm.works import work_of
 
 PAIRS = {
     "Swin-T": ("swin_tiny_window7_224", "timm:swin_tiny_patch4_window7_224", 224),

@@ -24,7 +24,17 @@ import torch
 from matplotlib.figure import Figure
 
 import chiasm
-from chiasm.measure import MatrixProduct, Times, count_macs, interleaved, load_average, machine, noise, peak_memory
+from chiasm.measure import (
+    MatrixProduct,
+    Times,
+    count_macs,
+    interleaved,
+    load_average,
+    machine,
+    noise,
+    peak_memory,
+    timed,
+)
 
 SIDES = (128, 192, 256, 384, 512, 768, 1024)
 # name: why its cost grows as it does
@@ -76,7 +86,7 @@ def measure(side: int, rounds: int, product: MatrixProduct) -> dict[str, Any]:
         run()
     seconds: dict[str, list[float]] = {name: [] for name in MODELS}
     rates = [product()]
-    for found in islice(interleaved(works), rounds):
+    for found in islice(interleaved({name: timed(run) for name, run in works.items()}), rounds):
         for name, outcome in found.items():
             if isinstance(outcome, Exception):
                 raise outcome

@@ -54,8 +54,8 @@ VERBS: dict[str, tuple[type[Config], str]] = {
     "demo": (DemoConfig, "demo"),
 }
 
-# What these ask memory for is of the same sizes step by step.
-KEEP_MEMORY = ("train", "compare", "demo")
+# What these ask memory for is of the same sizes step by step; and of sizes that vary with the images.
+KEEP_ALL, KEEP_SOME = ("train", "compare", "demo"), ("predict", "evaluate", "explain", "serve")
 
 HELP = f"""chiasm {__version__}: vision models that join convolution and self-attention.
 
@@ -129,10 +129,10 @@ def _run(argv: list[str]) -> int:
         raise ChiasmError(f"{error} {given[-1]} takes all words that follow it: put it last.") from error
     # Pillow warns of every damaged tag, tens of thousands in one file; what cannot be read is told by the verb.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    if verb in KEEP_MEMORY:
-        from chiasm.data.machine import keep_freed_memory
+    if verb in (*KEEP_ALL, *KEEP_SOME):
+        from chiasm.data.machine import ALL, SPARE, keep_freed_memory
 
-        keep_freed_memory()
+        keep_freed_memory(ALL if verb in KEEP_ALL else SPARE)
     module = import_module(f"chiasm.verbs.{verb}")
     return module.show(getattr(module, function)(**flags), config)
 

@@ -67,3 +67,8 @@ class InterruptedRunError(ChiasmError):
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The up to `count` known names most like `name`, best first; empty when none is near."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.6)
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -7,14 +7,11 @@ matrix product beside them; what slowed the machine slowed all, and ratios of me
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import multiprocessing
 import os
 import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from chiasm.apart import WARM, Apart
 from chiasm.data.machine import cores, memory_bytes
-from chiasm.errors import ChiasmError
+from chiasm.errors import ChiasmError, first_line
 from chiasm.layers.fused import FusedLinear
 
 Key = TypeVar("Key", bound=Hashable)
@@ -35,7 +33,6 @@ Clock = Callable[[], float]
 
 UNSTEADY = 0.15  # of the median matrix product: the spread from which a run is called noisy
 BUSY = 0.5  # load average beside us from which a machine is called busy
-WARM = 2  # runs before anything is measured: the first ones settle what is kept
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices multiplied
 
 
@@ -59,10 +56,23 @@ class Times:
         return float(low), float(high)
 
 
-def interleaved(
-    works: Mapping[Key, Callable[[], object]], *, clock: Clock = time.perf_counter, seed: int = 0
-) -> Iterator[dict[Key, float | Exception]]:
+def timed(work: Callable[[], object], *, clock: Clock = time.perf_counter) -> Callable[[], float]:
+    """A function that runs the work and gives the seconds that it took."""
+
+    def run() -> float:
+        start = clock()
+        work()
+        return clock() - start
+
+    return run
+
+
+def interleaved(works: Mapping[Key, Callable[[], float]], *, seed: int = 0) -> Iterator[dict[Key, float | Exception]]:
     """Endless rounds: each gives the seconds that every work took, run once in an order drawn anew.
+
+    Args:
+        works: functions that run a work and give its seconds: `timed` ones, or `Apart`. One that is taken out is not
+            run any more.
 
     A work that fails gives its error in that round and is left out of those that follow.
     """
@@ -71,15 +81,12 @@ def interleaved(
         rng.shuffle(order)
         found: dict[Key, float | Exception] = {}
         for key in order:
-            start = clock()
             try:
-                works[key]()
+                found[key] = works[key]()
             except Exception as error:  # one model's failure is a row of the table, not the end of the others
                 found[key] = error
-            else:
-                found[key] = clock() - start
-        order = [key for key in order if isinstance(found[key], float)]
         yield found
+        order = [key for key in order if isinstance(found[key], float) and key in works]
 
 
 def ratio(slow: Times, fast: Times, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float, float]:
@@ -266,26 +273,8 @@ def peak_memory(
     """
     if device.type == "cuda":
         return _peak_on_gpu(build, device)
-    # Where there can be one, a server that has imported the libraries, and of which each process is a copy.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context: Any = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(["chiasm.inference", "chiasm.model_file", "chiasm.tasks.classify"])
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(sender, build, threads), daemon=True)
-    child.start()
-    sender.close()
-    try:
-        answer = receiver.recv() if receiver.poll(timeout) else f"not done within {timeout:.0f} s"
-    except EOFError:
-        answer = "the system ended it, for want of memory as it seems"
-    finally:
-        child.kill()
-        child.join()
-        receiver.close()
-    if isinstance(answer, str):
-        raise ChiasmError(answer)
-    return answer
+    with Apart(build, threads=threads, timeout=timeout) as work:
+        return work.peak()
 
 
 def _peak_on_gpu(build: Callable[[], Callable[[], object]], device: torch.device) -> int:
@@ -300,50 +289,3 @@ def _peak_on_gpu(build: Callable[[], Callable[[], object]], device: torch.device
     except Exception as error:
         raise ChiasmError(first_line(error)) from error
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def _child(sender: Any, build: Callable[[], Callable[[], object]], threads: int) -> None:
-    torch.set_num_threads(threads)
-    try:
-        before = _resident()
-        work = build()
-        for _ in range(WARM):
-            work()
-        _forget_peak()
-        work()
-        after = _resident()
-        # Files in memory are the libraries' code, read in as it is used.
-        answer: int | str = max((after["VmHWM"] - after["RssFile"]) - (before["VmRSS"] - before["RssFile"]), 0)
-    except Exception as error:
-        answer = first_line(error)
-    sender.send(answer)
-
-
-def _resident() -> dict[str, int]:
-    """Bytes of this process in memory by Linux's names: 'VmRSS' now, 'VmHWM' at the peak, 'RssFile' of mapped files."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        sizes = {
-            line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS", "VmHWM", "RssFile"))
-        }
-        return {name: int(size) * 1024 for name, size in sizes.items()}
-    except OSError:
-        import resource  # elsewhere the peak is all that is told
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {"VmRSS": peak, "VmHWM": peak, "RssFile": 0}
-
-
-def _forget_peak() -> None:
-    """Give freed memory back and let the peak begin here, where the system can (Linux)."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except (OSError, AttributeError, TypeError):
-        return
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from pathlib import Path
 
 
@@ -45,27 +46,36 @@ def default_workers() -> int:
 
 # glibc's malloc.h: from which size on a block is a mapping of its own, and how much may lie free and be kept.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-LARGEST_KEPT, LARGEST_ONCE, NEVER = 2**30, 2**25, 2**31 - 1  # older releases refuse a threshold above 32 MB
+LARGEST_KEPT, LARGEST_ONCE = 2**30, 2**25  # older releases refuse a threshold above 32 MB
+ALL, SPARE = 2**31 - 1, 2**28  # bytes that are kept: training, which repeats its sizes; what reads images of all sizes
 
 
-def keep_freed_memory() -> bool:
+def can_keep_freed_memory() -> bool:
+    """Whether `keep_freed_memory` has an effect here: on Linux with glibc, where nobody has set it otherwise."""
+    set_by_others = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+    return platform.libc_ver()[0] == "glibc" and not any(name in os.environ for name in set_by_others)
+
+
+def keep_freed_memory(spare: int = ALL) -> bool:
     """Keep the memory that this process frees for what it asks for next; whether the system can (Linux's glibc).
 
     By itself glibc hands large blocks back at once, and the system gives them out again page by page, each filled with
-    zeros: on a CPU 3 to 44 % of a training step go there (benchmarks/speed/alone). For work that asks for the same
+    zeros: on a CPU 3 to 44 % of a training step go there (benchmarks/speed). For work that asks for the same
     sizes again and again, as training does, the peak stays as it is; where sizes differ each time, it can grow. What
     MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ or GLIBC_TUNABLES say goes first.
+
+    Args:
+        spare: bytes that may lie free in a row before they are given back.
     """
-    if any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")):
+    if not can_keep_freed_memory():
         return False
     try:
         library = ctypes.CDLL(None)
         return bool(
-            library.gnu_get_libc_version
-            and any(library.mallopt(M_MMAP_THRESHOLD, size) for size in (LARGEST_KEPT, LARGEST_ONCE))
-            and library.mallopt(M_TRIM_THRESHOLD, NEVER)
+            any(library.mallopt(M_MMAP_THRESHOLD, min(size, spare)) for size in (LARGEST_KEPT, LARGEST_ONCE))
+            and library.mallopt(M_TRIM_THRESHOLD, spare)
         )
-    except (OSError, AttributeError, TypeError):  # another system, another library
+    except (OSError, AttributeError, TypeError):  # glibc in name only
         return False
 
 

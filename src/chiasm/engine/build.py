@@ -14,7 +14,7 @@ from chiasm.data.annotated import AnnotatedData
 from chiasm.engine.freeze import freeze
 from chiasm.errors import ChiasmError, UnknownNameError
 from chiasm.model_file import ModelInfo, preprocess_of
-from chiasm.models import create_model
+from chiasm.models import create_model_with
 from chiasm.tasks.classify import Classify
 
 
@@ -68,22 +68,11 @@ def build_model(config: TrainConfig, classes: int, *, load: bool = True) -> tupl
     if config.image_size is not None:
         optional["img_size"] = config.image_size
     optional = {name: value for name, value in optional.items() if name not in config.model_args}
-    model = None
-    while model is None:
-        torch.manual_seed(config.seed)
-        try:
-            model = create_model(
-                config.model,
-                pretrained=config.pretrained and load,
-                num_classes=classes,
-                **optional,
-                **config.model_args,
-            )
-        except TypeError as error:
-            unwanted = next((name for name in optional if f"'{name}'" in str(error)), None)
-            if unwanted is None:
-                raise ChiasmError(f"{config.model} cannot be built with {config.model_args}: {error}.") from error
-            del optional[unwanted]
+    weights = {"pretrained": config.pretrained and load, "num_classes": classes}
+    try:
+        model, optional = create_model_with(config.model, optional, seed=config.seed, **weights, **config.model_args)
+    except TypeError as error:
+        raise ChiasmError(f"{config.model} cannot be built with {config.model_args}: {error}.") from error
     loaded = f"published weights of {config.model}" if config.pretrained else ""
     if config.weights and load:
         loaded = _load(model, config.weights)

@@ -31,9 +31,9 @@ from chiasm.engine.interrupt import Interrupt
 from chiasm.engine.run import run_training
 from chiasm.engine.run_folder import FREE_ON_RESUME, RunFolder
 from chiasm.engine.state import Stopwatch
-from chiasm.errors import ChiasmError, InterruptedRunError, UnknownNameError, nearest
+from chiasm.errors import ChiasmError, InterruptedRunError, UnknownNameError, first_line, nearest
 from chiasm.evaluation.classify import Answers
-from chiasm.measure import Cost, Times, count_macs, first_line, interleaved
+from chiasm.measure import Cost, Times, count_macs, interleaved, timed
 from chiasm.model_file import preprocess_of
 from chiasm.models import is_model, list_models
 from chiasm.models.coupled import split_name
@@ -330,7 +330,7 @@ class Study:
         file = self.folder / SPEED
         if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8"))).keys() >= trained.keys():
             return found
-        works: dict[str, Callable[[], object]] = {}
+        works: dict[str, Callable[[], float]] = {}
         for label, folder in trained.items():
             try:
                 predictor = load(folder, device=self.device)
@@ -340,7 +340,7 @@ class Study:
             preprocess = predictor.info.preprocess
             images = torch.zeros(SPEED_BATCH, len(preprocess.mean), *preprocess.size)
 
-            works[label] = partial(predictor.answer, images, [""] * SPEED_BATCH)
+            works[label] = timed(partial(predictor.answer, images, [""] * SPEED_BATCH))
         seconds: dict[str, list[float]] = {label: [] for label in works}
         watch = Stopwatch()
         for number, found in enumerate(islice(interleaved(works), SPEED_WARM + SPEED_ROUNDS)):

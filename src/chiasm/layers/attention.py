@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from chiasm.layers.fused import FusedLinear, act_of
+from chiasm.layers.residual import Residual
 
 
 class Attention(nn.Module):
@@ -53,11 +54,11 @@ class TransformerBlock(nn.Module):
         self.attn = Attention(dim, heads=heads, qkv_bias=qkv_bias, attn_drop=attn_drop)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.residual = Residual(drop_path)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
-        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+        tokens = self.residual(tokens, lambda part: self.attn(self.norm1(part)))
+        return self.residual(tokens, lambda part: self.mlp(self.norm2(part)))
 
     def optimized(self) -> nn.Module:
         """The same for inference; itself where one of its layers was exchanged for another kind."""

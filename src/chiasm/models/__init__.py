@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from chiasm.errors import ChiasmError, UnknownNameError
@@ -62,6 +63,34 @@ def create_model(
         kwargs["num_classes"] = num_classes
     with published_weights(name, kwargs) if pretrained else nullcontext():
         return timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **kwargs)
+
+
+def create_model_with(
+    name: str, optional: dict[str, Any], *, seed: int = 0, **kwargs: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """`create_model` with those of the optional arguments that the architecture takes.
+
+    Args:
+        name: see `create_model`; so are `kwargs`.
+        optional: arguments that not every architecture has, such as 'drop_path_rate'.
+        seed: of the weights.
+
+    Returns:
+        The model, and the optional arguments that it took.
+
+    Raises:
+        TypeError: for an argument of `kwargs` that it does not take; and what `create_model` raises.
+    """
+    taken = dict(optional)
+    while True:
+        torch.manual_seed(seed)
+        try:
+            return create_model(name, **taken, **kwargs), taken
+        except TypeError as error:
+            unwanted = next((option for option in taken if f"'{option}'" in str(error)), None)
+            if unwanted is None:
+                raise
+            del taken[unwanted]
 
 
 def set_input_size(model: nn.Module, size: tuple[int, int]) -> None:

@@ -22,7 +22,8 @@ class Row:
     Attributes:
         model: as it was named.
         mode: 'inference' or 'training', which is forward, loss, backward and the optimiser's step.
-        form: 'eager', 'optimized' (`chiasm.optimize`) or 'compiled' (`torch.compile`).
+        form: 'eager', 'optimized' (in inference `chiasm.optimize`; in training the memory that is freed is kept, as
+            `chiasm train` does on a CPU) or 'compiled' (`torch.compile`).
         batch: images at a time.
         image_size: height and width in pixels.
         memory_format: 'channels_last' or 'contiguous', in which weights and images are given: the one in which the
@@ -70,6 +71,7 @@ class Benchmark:
     Attributes:
         rows: grouped by mode and batch.
         peer: the model whose eager form is 1.
+        where: whether each had a process of its own, a sentence; '' on a GPU.
         limit: GFLOP/s of a product of matrices, the median of those between the rounds.
         rates: all of these.
         notes: why the machine was too noisy to judge; empty where it was not.
@@ -79,6 +81,7 @@ class Benchmark:
 
     rows: tuple[Row, ...]
     peer: str
+    where: str
     limit: float
     rates: tuple[float, ...]
     notes: tuple[str, ...]
@@ -104,6 +107,10 @@ class Benchmark:
         yield f"{self.date}, {where}, torch {machine['torch']}, {machine['system']}"
         if self.rates:
             yield f"Limit: a product of matrices at {self.limit:.0f} GFLOP/s, measured between the rounds."
+        if self.where:
+            yield self.where
+        if any((row.mode, row.form) == ("training", "optimized") for row in self.rows):
+            yield "'optimized': in inference chiasm.optimize; in training freed memory is kept, as chiasm train does."
         yield f"'x peer' is how many times as fast as the eager form of {self.peer}, in its better memory format."
         for row in self.rows:
             if row.error is not None:

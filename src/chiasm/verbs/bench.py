@@ -9,30 +9,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chiasm.config import BenchConfig, default_of, height_and_width
-from chiasm.errors import ChiasmError, UnknownNameError
+from chiasm.errors import ChiasmError, UnknownNameError, first_line
 
 if TYPE_CHECKING:
     import torch
     from rich.progress import Progress
-    from torch import nn
 
     from chiasm.report.benchmark import Benchmark, Row
+    from chiasm.works import Subject
 
-    Work = Callable[[], object]
+    Work = Callable[[], float]  # runs once and gives its seconds
+    Key = tuple[str, str, str]  # a model, its form, its memory format
 
 _log = logging.getLogger("chiasm.bench")
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 300
-TRIAL_ROUNDS = 3  # of each memory format, to choose the better
+TRIAL_ROUNDS, CLEAR = 5, 1.1  # after so many rounds a memory format that is slower by this is given up
 RATE_SECONDS = 0.5  # between two matrix products at least
-FORMATS = ("contiguous", "channels_last")
+FORMATS = ("channels_last", "contiguous")
 
 
 def bench(**flags: Any) -> Benchmark:
@@ -40,8 +41,9 @@ def bench(**flags: Any) -> Benchmark:
 
     All works of one comparison (a mode and a batch) are run once in each round, in an order drawn anew, and matrices
     are multiplied in between, so that every row can be held against the others and against the machine's own limit in
-    the same minutes. Each model is given the memory format that suits it better. A model that fails has a row that says
-    so, and the rest goes on; Ctrl-C keeps what was measured.
+    the same minutes. On a CPU each has a process of its own, as in use (see `chiasm.apart`). Each model is given the
+    memory format that suits it better. A training step is that of `chiasm train` with its defaults. A model that fails
+    has a row that says so, and the rest goes on; Ctrl-C keeps what was measured.
 
     Raises:
         UnknownNameError, ModelFileError: when a model is not known; nothing is measured then.
@@ -53,12 +55,13 @@ def bench(**flags: Any) -> Benchmark:
 
     from chiasm.measure import load_average
     from chiasm.predictor import choose_device
+    from chiasm.works import subject_of
 
     load = load_average()
     device = choose_device(config.device)
     if "max" in config.batch and device.type != "cuda":
         raise ChiasmError("--batch max fills a GPU and there is none here; give numbers such as --batch 1 8.")
-    subjects = [_subject(ref, config) for ref in config.models]
+    subjects = [subject_of(ref, height_and_width(config.image_size)) for ref in config.models]
     threads = torch.get_num_threads()
     try:
         if config.threads is not None:
@@ -145,120 +148,6 @@ def _command(config: BenchConfig) -> str:
     return " ".join(words)
 
 
-# ----------------------------------------------------------------------------------------------------------- the models
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A model to measure: as it was named, what it reads, and what it costs."""
-
-    ref: str
-    shape: tuple[int, int, int]
-    parameters: int
-    macs: int
-
-
-def _subject(ref: str, config: BenchConfig) -> Subject:
-    import torch
-
-    from chiasm.measure import count_macs, first_line
-
-    model, shape = _build(ref, height_and_width(config.image_size))
-    try:
-        _, macs = count_macs(model, torch.zeros(1, *shape))
-    except Exception as error:  # it will have a row that says so
-        _log.debug("%s: %s", ref, first_line(error))
-        macs = {"": 0}
-    return Subject(ref=ref, shape=shape, parameters=sum(p.numel() for p in model.parameters()), macs=macs[""])
-
-
-def _build(ref: str, size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int, int]]:
-    """The model of that name in evaluation mode, and the (channels, height, width) that it reads.
-
-    Raises:
-        UnknownNameError, ModelFileError: where there is none.
-        ChiasmError: where it does not take images of that size.
-    """
-    import timm
-    import torch
-    from torchvision import models as vision
-
-    from chiasm.model_file import preprocess_of, resolve_model
-    from chiasm.models import create_model, set_input_size
-    from chiasm.models.checkpoints import input_channels
-
-    torch.manual_seed(0)
-    library, _, name = ref.partition(":")
-    if library == "torchvision":
-        known = vision.list_models(module=vision)
-        if name not in known:
-            raise UnknownNameError("torchvision model", name, known)
-        model = vision.get_model(name, weights=None).eval()
-        own = (*vision.get_model_weights(name).DEFAULT.transforms().crop_size * 2,)[:2]
-    elif library == "timm" and name:
-        if not timm.is_model(name):
-            raise UnknownNameError("timm model", name, timm.list_models())
-        model = create_model(name).eval()
-        own = preprocess_of(model).size
-    else:
-        model, info = resolve_model(ref)
-        if info.task != "classify":
-            raise ChiasmError(
-                f"{ref} is a model for '{info.task}': bench measures classifiers and backbones; give its backbone, "
-                f"{info.architecture}."
-            )
-        own = info.preprocess.size
-    if size is not None and size != own:
-        set_input_size(model, size)
-    return model, (input_channels(model), *(size or own))
-
-
-def work_of(
-    ref: str, shape: tuple[int, int, int], mode: str, form: str, batch: int, layout: str, precision: str, device: str
-) -> Work:
-    """What is timed: one forward pass, or one training step, of the model built anew."""
-    import torch
-
-    from chiasm.inference import optimize
-    from chiasm.measure import synchronize
-    from chiasm.tasks.classify import Classify
-
-    where = torch.device(device)
-    half = precision == "bf16"
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    model = _build(ref, shape[1:])[0].to(where).to(memory_format=memory_format)
-    images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(where)
-    images = images.contiguous(memory_format=memory_format)
-    if mode == "inference":
-        if half:
-            model, images = model.to(torch.bfloat16), images.to(torch.bfloat16)
-        if form == "optimized":
-            model = optimize(model)
-        runner: Any = torch.compile(model) if form == "compiled" else model
-
-        @torch.inference_mode()
-        def infer() -> None:
-            runner(images)
-            synchronize(where)
-
-        return infer
-
-    task: Any = Classify(model.train(), ())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=True)  # as `chiasm train` does
-    targets = torch.zeros(batch, dtype=torch.long, device=where)
-    forward = torch.compile(task) if form == "compiled" else task
-
-    def step() -> None:
-        with torch.autocast(where.type, dtype=torch.bfloat16, enabled=half):
-            loss = task.loss(forward(images), targets)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        synchronize(where)
-
-    return step
-
-
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
@@ -272,10 +161,29 @@ class _Run:
 
         self.config, self.subjects, self.device = config, subjects, device
         self.peer = config.peer or config.models[0]
+        self.apart, self.where = self._place()
         self.rates: list[float] = []
         self.rows: list[Row] = []
         self._product = MatrixProduct(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
         self._product()  # warm
+
+    def _place(self) -> tuple[bool, str]:
+        """Whether each work has a process of its own, and that in words."""
+        from chiasm.apart import Apart
+        from chiasm.works import find
+
+        if self.device.type != "cpu":
+            return False, ""
+        if not self.config.apart:
+            return False, "All in one process (--no-apart), where they share what its memory allocator holds."
+        try:
+            Apart(partial(find, self.config.models), threads=1).close()
+        except ChiasmError as error:
+            return False, (
+                "All in one process, where they share what its memory allocator holds: another one, which imports "
+                f"chiasm alone, says: {error}"
+            )
+        return True, "Each in a process of its own, taking turns."
 
     def measure(self, load: float | None) -> Benchmark:
         from statistics import median
@@ -287,12 +195,10 @@ class _Run:
         groups = [(mode, size) for mode in modes for size in self.config.batch]
         interrupted = False
         with _progress() as self._bar:
-            self._task = self._bar.add_task("measuring", total=len(groups) * (1.5 if self.config.memory else 1.0))
+            self._task = self._bar.add_task("measuring", total=len(groups))
             try:
-                for mode, size in groups:
-                    self._compare(mode, size)
-                if self.config.memory:
-                    self._add_memory(0.5 * len(groups))
+                for number, (mode, size) in enumerate(groups):
+                    self._compare(mode, size, number)
             except KeyboardInterrupt:
                 interrupted = True
         if not any(row.times or row.error for row in self.rows):
@@ -300,6 +206,7 @@ class _Run:
         return Benchmark(
             rows=tuple(self._with_speedup(row) for row in self.rows),
             peer=self.peer,
+            where=self.where,
             limit=median(self.rates) if self.rates else 0.0,
             rates=tuple(self.rates),
             notes=tuple(noise(self.rates, load)),
@@ -309,35 +216,44 @@ class _Run:
             interrupted=interrupted,
         )
 
-    def _compare(self, mode: str, size: str) -> None:
-        """Time all models and forms at one mode and batch."""
+    def _compare(self, mode: str, size: str, number: int) -> None:
+        """Time all models and forms at one mode and batch, and measure their memory."""
         batch = self._filling(mode) if size == "max" else int(size)
         if any((row.mode, row.batch) == (mode, batch) for row in self.rows):
             return
-        self._tell(f"{mode}, batch {batch}: warming up")
-        others = {"optimized": mode == "inference", "compiled": self.config.compile}
-        forms = ["eager", *(form for form, wanted in others.items() if wanted)]
-        works: dict[tuple[str, str], Work] = {}
-        rows: dict[tuple[str, str], Row] = {}
+        heading = f"{mode}, batch {batch}"
+        self._tell(f"{heading}: warming up", number)
+        works: dict[Key, Work] = {}
+        rows: dict[Key, Row] = {}
         try:
             for subject in self.subjects:
-                layout = "channels_last"
-                for form in forms:
-                    row = self._row(subject, mode, form, batch)
-                    work: Work | None
-                    if form == "eager":
-                        work, row = self._better_format(row, subject)
-                        layout = row.memory_format or layout
-                    else:
-                        work, row = self._prepare(replace(row, memory_format=layout), subject)
-                    rows[subject.ref, form] = row
-                    if work is not None:
-                        works[subject.ref, form] = work
-            self._rounds(works, rows, f"{mode}, batch {batch}")
+                for form, layouts in self._forms(mode).items():
+                    for layout in layouts:
+                        row = replace(self._row(subject, mode, form, batch), memory_format=layout)
+                        self._prepare(row, subject, works, rows)
+            self._rounds(works, rows, heading, number)
+            _leave_better(works, rows, margin=1.0)
+            if self.config.memory:
+                self._add_memory(works, rows, heading)
         finally:
+            _leave_better(works, rows, margin=1.0)
             self.rows += [row for row in rows.values() if row.times or row.error]
+            for work in works.values():
+                _end(work)
             works.clear()
             _free()
+
+    def _forms(self, mode: str) -> dict[str, tuple[str, ...]]:
+        """The forms of each model, and the memory formats that they are tried in."""
+        from chiasm.data.machine import can_keep_freed_memory
+
+        if mode == "inference":
+            forms = {"eager": FORMATS, "optimized": FORMATS[:1]}  # which has a format of its own
+        elif self.apart and can_keep_freed_memory():
+            forms = {"eager": FORMATS, "optimized": FORMATS}
+        else:
+            forms = {"eager": FORMATS}
+        return forms | ({"compiled": FORMATS} if self.config.compile else {})
 
     def _row(self, subject: Subject, mode: str, form: str, batch: int) -> Row:
         from chiasm.measure import TRAINING_PASSES
@@ -349,75 +265,74 @@ class _Run:
             parameters=subject.parameters, flops=2 * subject.macs * batch * passes,
         )  # fmt: skip
 
-    def _builder(self, row: Row, subject: Subject) -> Callable[[], Work]:
+    def _builder(self, row: Row, subject: Subject) -> Callable[[], Callable[[], object]]:
         """What makes the work of a row, also in another process."""
+        from chiasm.works import work_of
+
         layout = row.memory_format or "contiguous"
         how = (row.mode, row.form, row.batch, layout, self.config.precision, str(self.device))
         return partial(work_of, row.model, subject.shape, *how)
 
-    def _prepare(self, row: Row, subject: Subject) -> tuple[Work | None, Row]:
-        """The work, warmed up, or the row with its error."""
-        from chiasm.measure import WARM, first_line
+    def _spare(self, row: Row) -> int | None:
+        """How much freed memory the process keeps: in the optimized form as chiasm's commands do, else as it comes."""
+        from chiasm.data.machine import ALL, SPARE
 
+        if row.form != "optimized":
+            return None
+        return ALL if row.mode == "training" else SPARE
+
+    def _prepare(self, row: Row, subject: Subject, works: dict[Key, Work], rows: dict[Key, Row]) -> None:
+        """Add the row, with its error where it has one, and its work, warmed up."""
+        import torch
+
+        from chiasm.apart import WARM, Apart
+        from chiasm.measure import timed
+
+        key, build = _key(row), self._builder(row, subject)
+        rows[key] = row
         try:
-            work = self._builder(row, subject)()
-            for _ in range(WARM):
-                work()
+            if self.apart:
+                works[key] = Apart(build, threads=torch.get_num_threads(), spare=self._spare(row))
+            else:
+                work = build()
+                for _ in range(WARM):
+                    work()
+                works[key] = timed(work)
         except Exception as error:  # one model's failure is a row of the table, not the end of the others
             _free()
-            return None, replace(row, error=first_line(error))
-        return work, row
+            rows[key] = replace(row, error=first_line(error))
 
-    def _better_format(self, row: Row, subject: Subject) -> tuple[Work | None, Row]:
-        """The eager work in the memory format in which it is faster, by a few rounds of both."""
-        from itertools import islice
-
-        from chiasm.measure import interleaved
-
-        prepared = {layout: self._prepare(replace(row, memory_format=layout), subject) for layout in FORMATS}
-        works = {layout: work for layout, (work, _) in prepared.items() if work is not None}
-        best: dict[str, float] = {}
-        for found in islice(interleaved(works), TRIAL_ROUNDS):
-            for layout, seconds in found.items():
-                if isinstance(seconds, float):
-                    best[layout] = min(seconds, best.get(layout, seconds))
-        return prepared[min(best, key=best.__getitem__, default=FORMATS[0])]
-
-    def _rounds(self, works: dict[tuple[str, str], Work], rows: dict[tuple[str, str], Row], heading: str) -> None:
+    def _rounds(self, works: dict[Key, Work], rows: dict[Key, Row], heading: str, done: int) -> None:
         """Interleaved rounds until the time or the rounds are used up; what was timed stays when interrupted."""
-        from chiasm.measure import Times, first_line, interleaved
+        from chiasm.measure import Times, interleaved
 
         groups = len(self.config.batch) * (2 if self.config.train else 1)
         budget = self.config.seconds / groups
         least, most = (LEAST_ROUNDS, MOST_ROUNDS) if self.config.rounds is None else (self.config.rounds,) * 2
-        seen: dict[tuple[str, str], list[float]] = {key: [] for key in works}
         start = rated = time.perf_counter()
         self.rates.append(self._product())
-        at = self._bar.tasks[0].completed
-        try:
-            for number, found in enumerate(interleaved(works), start=1):
-                for key, outcome in found.items():
-                    if isinstance(outcome, Exception):
-                        rows[key] = replace(rows[key], error=first_line(outcome))
-                        seen.pop(key)
-                    else:
-                        seen[key].append(outcome)
-                now = time.perf_counter()
-                if now - rated > RATE_SECONDS or number == most:
-                    self.rates.append(self._product())
-                    rated = now
-                share = max(number / most, (now - start) / budget if self.config.rounds is None else 0.0)
-                self._tell(f"{heading}: round {number}", at + min(share, 1.0))
-                if number >= most or (number >= least and now - start >= budget):
-                    break
-        finally:
-            for key, seconds in seen.items():
-                if seconds:
-                    rows[key] = replace(rows[key], times=Times(tuple(seconds)))
+        for number, found in enumerate(interleaved(works), start=1):
+            for key, outcome in found.items():
+                if isinstance(outcome, Exception):
+                    rows[key] = replace(rows[key], error=first_line(outcome), times=None)
+                    _end(works.pop(key))
+                else:
+                    before = rows[key].times
+                    rows[key] = replace(rows[key], times=Times((*(before.seconds if before else ()), outcome)))
+            if number == TRIAL_ROUNDS:
+                _leave_better(works, rows, margin=CLEAR)
+            now = time.perf_counter()
+            if now - rated > RATE_SECONDS or number == most:
+                self.rates.append(self._product())
+                rated = now
+            share = max(number / most, (now - start) / budget if self.config.rounds is None else 0.0)
+            self._tell(f"{heading}: round {number}", done + min(share, 1.0))
+            if number >= most or (number >= least and now - start >= budget):
+                break
 
     def _filling(self, mode: str) -> int:
         """The batch that fills the GPU for the model that it fills first; models that fail will say so themselves."""
-        from chiasm.measure import filling_batch, first_line
+        from chiasm.measure import filling_batch
 
         self._tell(f"{mode}: looking for the batch that fills the GPU")
 
@@ -438,25 +353,29 @@ class _Run:
                 _log.debug("%s: %s", subject.ref, first_line(error))
         return min(found, default=1)
 
-    def _add_memory(self, share: float) -> None:
-        """Measure the peak memory of each row that could be timed; compiled ones on a GPU alone, where compiling itself
-        takes none."""
+    def _add_memory(self, works: dict[Key, Work], rows: dict[Key, Row], heading: str) -> None:
+        """The peak memory of each row that could be timed; of compiled ones on a GPU alone, as compiling takes some."""
         import torch
 
+        from chiasm.apart import Apart
         from chiasm.measure import peak_memory
 
-        at = self._bar.tasks[0].completed
-        for place, row in enumerate(self.rows):
-            self._tell(f"memory of {row.model}, {row.form}, {row.mode}", at + share * place / len(self.rows))
-            if row.error is None and (row.form != "compiled" or self.device.type == "cuda"):
-                subject = next(subject for subject in self.subjects if subject.ref == row.model)
-                builder = self._builder(row, subject)
-                try:
-                    memory = peak_memory(builder, self.device, threads=torch.get_num_threads())
-                except ChiasmError as error:
-                    _log.warning("%s, %s, %s: peak memory not measured: %s", row.model, row.form, row.mode, error)
+        subjects = {subject.ref: subject for subject in self.subjects}
+        for key, work in works.items():
+            row = rows[key]
+            if row.form == "compiled" and self.device.type != "cuda":
+                continue
+            self._tell(f"{heading}: memory of {row.model}, {row.form}")
+            try:
+                if isinstance(work, Apart):
+                    memory = work.peak()
                 else:
-                    self.rows[place] = replace(row, memory=memory)
+                    builder = self._builder(row, subjects[row.model])
+                    memory = peak_memory(builder, self.device, threads=torch.get_num_threads())
+            except ChiasmError as error:
+                _log.warning("%s, %s, %s: peak memory not measured: %s", row.model, row.form, heading, error)
+            else:
+                rows[key] = replace(row, memory=memory)
 
     def _with_speedup(self, row: Row) -> Row:
         from chiasm.measure import ratio
@@ -470,6 +389,36 @@ class _Run:
 
     def _tell(self, what: str, completed: float | None = None) -> None:
         self._bar.update(self._task, description=what, completed=completed)
+
+
+def _key(row: Row) -> Key:
+    return row.model, row.form, row.memory_format or ""
+
+
+def _leave_better(works: dict[Key, Work], rows: dict[Key, Row], *, margin: float) -> None:
+    """Of each model and form, leave out memory formats that are slower than its fastest by more than `margin` times."""
+
+    def seconds(row: Row) -> float:
+        return row.times.median if row.times else float("inf")
+
+    best: dict[tuple[str, str], Row] = {}
+    for row in rows.values():
+        key = row.model, row.form
+        best[key] = min(best.get(key, row), row, key=seconds)
+    for row in list(rows.values()):
+        chosen = best[row.model, row.form]
+        if row is not chosen and seconds(row) >= margin * seconds(chosen):
+            del rows[_key(row)]
+            if _key(row) in works:
+                _end(works.pop(_key(row)))
+
+
+def _end(work: Work) -> None:
+    """End the process of a work that has one."""
+    from chiasm.apart import Apart
+
+    if isinstance(work, Apart):
+        work.close()
 
 
 def _free() -> None:
