@@ -243,7 +243,7 @@ def test_the_slower_memory_format_is_left_out() -> None:
     ]  # fmt: skip
     assert list(works) == list(rows)
     _leave_better(works, rows, margin=1.0)
-    assert [(name, layout) for name, _, layout in rows][0] == ("a", "channels_last")
+    assert ("a", "eager", "contiguous") not in rows
     assert len(rows) == len(works) == 4
 
 
