@@ -2,7 +2,8 @@
 
 Its inner width is a multiple of the tokens', so that for many tokens what stands between the two products is the
 largest thing in the network, and on a CPU most of the MLP's time beside the products is spent moving it. Tokens are
-therefore taken some thousands at a time: the inner values of one part stay in cache.
+therefore taken some thousands at a time: the inner values of one part stay in cache. For the backward pass those before
+the GELU are kept; those behind it are made again, for a part at a time, in about the time that fetching them takes.
 """
 
 from __future__ import annotations
@@ -78,10 +79,8 @@ class _Mlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         out, inner = [], []
         for part in x.flatten(0, -2).split(PART):
-            before = product(part, w1, b1)
-            behind = F.gelu(before)
-            out.append(product(behind, w2, b2))
-            inner += [before, behind]
+            inner.append(product(part, w1, b1))
+            out.append(product(F.gelu(inner[-1]), w2, b2))
         ctx.save_for_backward(x, w1, b1, w2, b2, *inner)
         return _joined(out).view(x.shape)
 
@@ -93,10 +92,10 @@ class _Mlp(torch.autograd.Function):
         of_x, of_w1, of_b1, of_w2, of_b2 = ctx.needs_input_grad
         to_x: list[Tensor] = []
         to_w1 = to_b1 = to_w2 = to_b2 = None
-        parts = x.flatten(0, -2).split(PART), gradient.flatten(0, -2).split(PART), inner[::2], inner[1::2]
-        for part, to_out, before, behind in zip(*parts, strict=True):
+        parts = x.flatten(0, -2).split(PART), gradient.flatten(0, -2).split(PART), inner
+        for part, to_out, before in zip(*parts, strict=True):
             if of_w2:
-                to_w2 = _plus(to_w2, weight_gradient(to_out, behind))
+                to_w2 = _plus(to_w2, weight_gradient(to_out, F.gelu(before)))
             if of_b2:
                 to_b2 = _plus(to_b2, to_out.sum(0))
             if not (of_x or of_w1 or of_b1):
