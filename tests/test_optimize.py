@@ -4,7 +4,9 @@ is not proven; the fused layers against PyTorch's own."""
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -446,14 +448,14 @@ def test_a_fused_linear_layer(act: Any) -> None:
     assert layer(tokens[:, :0]).shape == (2, 0, 40)
 
 
-@pytest.mark.parametrize("times", [1, 3], ids=["plainly", "by oneDNN"])
-def test_a_sum_takes_the_memory_of_what_it_is_added_to(times: int) -> None:
+@pytest.mark.parametrize("how", [plainly, nullcontext], ids=["plainly", "by oneDNN"])
+def test_a_sum_takes_the_memory_of_what_it_is_added_to(how: Callable[[], AbstractContextManager[None]]) -> None:
     linear, tokens = FusedLinear(nn.Linear(24, 40)), torch.randn(2, 9, 24)
-    for _ in range(times):
-        addend = torch.randn(2, 9, 40)
+    addend = torch.randn(2, 9, 40)
+    with how():
         expected = linear(tokens) + addend
         linear(tokens, addend, overwrite=True)
-        _assert_same(addend, expected)
+    _assert_same(addend, expected)
 
 
 def test_gradients_of_inputs_and_autocast_go_the_plain_way() -> None:
@@ -470,6 +472,25 @@ def test_gradients_of_inputs_and_autocast_go_the_plain_way() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x).dtype is torch.bfloat16
         assert FusedLinear(nn.Linear(9, 4))(x).dtype is torch.bfloat16
+
+
+def test_a_weight_is_ordered_for_sizes_that_repeat() -> None:
+    layer = FusedLinear(nn.Linear(64, 32))
+    many, few = torch.randn(8, 64), torch.randn(3, 64)
+    expected = F.linear(many, layer.weight, layer.bias)
+
+    def told(x: Tensor) -> str:
+        layer(x)
+        return "plain" if layer._ordered is None else f"ordered for {layer._ordered[0][-1]}"
+
+    if told(torch.zeros(4, 64)) == "plain":
+        pytest.skip("this PyTorch has no operators of oneDNN")
+    with torch.no_grad():
+        assert [told(x) for x in (few, many, many)] == ["ordered for 4", "plain", "ordered for 8"]
+        assert [told(x) for x in (few, many, many)] == ["ordered for 8"] * 3  # a last, smaller batch
+        assert [told(x) for x in (few, many, few, many)] == ["plain"] * 4  # by turns
+        assert [told(x) for x in (many, few, few)] == ["ordered for 8", "ordered for 8", "ordered for 3"]
+        torch.testing.assert_close(layer(many), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_odd_convolutions_are_refused() -> None:

@@ -55,7 +55,7 @@ VERBS: dict[str, tuple[type[Config], str]] = {
 }
 
 # What these ask memory for is of the same sizes step by step; and of sizes that vary with the images.
-KEEP_ALL, KEEP_SOME = ("train", "compare", "demo"), ("predict", "evaluate", "explain", "serve")
+KEEP_ALL, KEEP_SOME = ("train", "compare", "demo"), ("predict", "evaluate", "explain")
 
 HELP = f"""chiasm {__version__}: vision models that join convolution and self-attention.
 

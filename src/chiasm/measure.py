@@ -263,7 +263,7 @@ def peak_memory(
     Args:
         build: makes the work. For the CPU it is called in a process of its own, so it must be a function of a module or
             a `functools.partial` of one. What only building and the first runs needed does not count, where the system
-            can forget it (Linux).
+            can forget it (Linux), nor what the allocator keeps besides (with glibc).
         device: where the work runs; on a GPU what PyTorch allocates there is counted, here.
         threads: that the process uses.
         timeout: seconds after which the process is given up.
@@ -273,7 +273,7 @@ def peak_memory(
     """
     if device.type == "cuda":
         return _peak_on_gpu(build, device)
-    with Apart(build, threads=threads, timeout=timeout) as work:
+    with Apart(build, threads=threads, exact=True, timeout=timeout) as work:
         return work.peak()
 
 

@@ -143,7 +143,7 @@ def resolve_model(ref: str | Path, **create_kwargs: Any) -> tuple[nn.Module, Mod
         ChiasmError: for `create_kwargs` beside a file, or that the architecture does not take.
     """
     given = {name: value for name, value in create_kwargs.items() if value is not None}
-    file = _find_file(str(ref))
+    file = find_file(str(ref))
     if file is not None:
         if given:
             raise ChiasmError(f"{ref}: a model file carries its own {', '.join(given)}; leave that out.")
@@ -190,7 +190,7 @@ def preprocess_of(model: nn.Module, image_size: int | tuple[int, int] | None = N
     )
 
 
-def _find_file(ref: str) -> Path | None:
+def find_file(ref: str) -> Path | None:
     """The model file that `ref` names; None when it can only be an architecture's name."""
     path = Path(ref).expanduser()
     if path.is_dir():

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -14,11 +12,10 @@ import torch
 from torch import nn
 from torchvision import models as vision
 
-from chiasm.config import TrainConfig
 from chiasm.errors import ChiasmError, UnknownNameError, first_line
 from chiasm.inference import optimize
 from chiasm.measure import count_macs, synchronize
-from chiasm.model_file import preprocess_of, resolve_model
+from chiasm.model_file import find_file, preprocess_of, resolve_model
 from chiasm.models import create_model_with, is_model, set_input_size
 from chiasm.models.checkpoints import input_channels
 from chiasm.tasks.classify import Classify
@@ -84,7 +81,7 @@ def _build(ref: str, size: tuple[int, int] | None, drop_path: float = 0.0) -> tu
             raise UnknownNameError("timm model", name, timm.list_models())
         model = create_model_with(name, optional)[0].eval()
         own = preprocess_of(model).size
-    elif optional and is_model(ref):
+    elif optional and is_model(ref) and find_file(ref) is None:
         model = create_model_with(ref, optional)[0].eval()
         own = preprocess_of(model).size
     else:
@@ -101,28 +98,53 @@ def _build(ref: str, size: tuple[int, int] | None, drop_path: float = 0.0) -> tu
 
 
 def find(refs: Sequence[str]) -> Callable[[], object]:
-    """A work that does nothing, where all these names are known.
+    """A work that does nothing, where this process knows all these models.
 
     Raises:
-        ChiasmError: for one that is not.
+        ChiasmError: for one that it does not.
     """
     for ref in refs:
         library, _, name = ref.partition(":")
-        known = timm.is_model(name) if library == "timm" else is_model(ref) or library == "torchvision"
-        if not known and not Path(ref).exists():
-            raise ChiasmError(f"unknown model '{ref}'.")
-    return gc.collect
+        if library == "timm" and not timm.is_model(name):
+            raise UnknownNameError("timm model", name, timm.list_models())
+        if library not in ("timm", "torchvision") and not is_model(ref):
+            resolve_model(ref)
+    return _nothing
+
+
+def _nothing() -> None:
+    pass
 
 
 def work_of(
-    ref: str, shape: tuple[int, int, int], mode: str, form: str, batch: int, layout: str, precision: str, device: str
+    ref: str,
+    shape: tuple[int, int, int],
+    mode: str,
+    form: str,
+    batch: int,
+    layout: str,
+    precision: str,
+    device: str,
+    drop_path: float = 0.0,
 ) -> Callable[[], object]:
-    """What is timed: one forward pass, or one training step, of the model built anew."""
+    """What is timed: one forward pass, or one training step, of the model built anew.
+
+    Args:
+        ref, shape: see `Subject`.
+        mode: 'inference' or 'training'.
+        form: 'eager', 'kept' (the same to the model), 'optimized' or 'compiled'.
+        batch: images at a time.
+        layout: 'channels_last' or 'contiguous', of weights and images.
+        precision: '32' or 'bf16'.
+        device: as PyTorch calls it.
+        drop_path: stochastic depth in training, where an architecture of that name takes it.
+    """
     where = torch.device(device)
     half = precision == "bf16"
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    drop_path = TrainConfig.drop_path if mode == "training" else 0.0
-    model = _build(ref, shape[1:], drop_path)[0].to(where).to(memory_format=memory_format)
+    model = (
+        _build(ref, shape[1:], drop_path if mode == "training" else 0.0)[0].to(where).to(memory_format=memory_format)
+    )
     images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)).to(where)
     images = images.contiguous(memory_format=memory_format)
     if mode == "inference":

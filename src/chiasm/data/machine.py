@@ -46,7 +46,7 @@ def default_workers() -> int:
 
 # glibc's malloc.h: from which size on a block is a mapping of its own, and how much may lie free and be kept.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-LARGEST_KEPT, LARGEST_ONCE = 2**30, 2**25  # older releases refuse a threshold above 32 MB
+LEAST_MAPPED, LARGEST_KEPT, LARGEST_ONCE = 2**17, 2**30, 2**25  # older releases refuse a threshold above 32 MB
 ALL, SPARE = 2**31 - 1, 2**28  # bytes that are kept: training, which repeats its sizes; what reads images of all sizes
 
 
@@ -61,11 +61,13 @@ def keep_freed_memory(spare: int = ALL) -> bool:
 
     By itself glibc hands large blocks back at once, and the system gives them out again page by page, each filled with
     zeros: on a CPU 3 to 44 % of a training step go there (benchmarks/speed). For work that asks for the same
-    sizes again and again, as training does, the peak stays as it is; where sizes differ each time, it can grow. What
+    sizes again and again, as training does, the peak stays as it is; where sizes differ each time, it can grow, as
+    what lies between blocks in use is not given back. What
     MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ or GLIBC_TUNABLES say goes first.
 
     Args:
-        spare: bytes that may lie free in a row before they are given back.
+        spare: bytes that may lie free at a heap's end (each thread can have one) before they are given back, and the
+            largest block that is taken from there.
     """
     if not can_keep_freed_memory():
         return False
@@ -76,6 +78,17 @@ def keep_freed_memory(spare: int = ALL) -> bool:
             and library.mallopt(M_TRIM_THRESHOLD, spare)
         )
     except (OSError, AttributeError, TypeError):  # glibc in name only
+        return False
+
+
+def hold_what_is_used() -> bool:
+    """Hand large blocks back as soon as they are freed, so that this process holds what is in use; whether it can.
+
+    What glibc takes from its heap lies between holes that come and go by chance; a mapping of its own has none.
+    """
+    try:
+        return bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LEAST_MAPPED))
+    except (OSError, AttributeError, TypeError):  # another system, another library
         return False
 
 

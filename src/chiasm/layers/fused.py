@@ -129,8 +129,8 @@ class Fused(nn.Module):
 
     Which order is fastest depends on the input's shape, and for each layer and shape that it has seen oneDNN keeps
     some hundred kilobytes. So the weight is ordered for the first shape, and for another one when it comes twice in a
-    row; others are computed in the plain way, and inputs of ever other sizes cost no memory. Moving to another device
-    or type, copying and pickling go through the plain form.
+    row; others are computed in the plain way, and from the second of them on the weight is plain again, so that inputs
+    of ever other sizes cost no memory. Moving to another device or type, copying and pickling go through that form.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: Act) -> None:
@@ -140,6 +140,7 @@ class Fused(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._ordered: tuple[tuple[int, ...], Tensor] | None = None  # an input's shape, the weight ordered for it
         self._other: tuple[int, ...] | None = None  # another shape, if the last call's was one
+        self._misses = 0  # calls with another shape since it was ordered
 
     # How oneDNN is to convolve: padding, stride, dilation, groups.
     _sizes: tuple[Any, ...] = (0, 0), (1, 1), (1, 1), 1
@@ -180,15 +181,16 @@ class Fused(nn.Module):
             if self._held.dtype != x.dtype:
                 return None
             before, self._other = self._other, shape
+            self._misses += 1
             # A weight that is made within inference mode could serve no gradient later.
             with torch.inference_mode(False), torch.no_grad():
                 if before == shape or (before is None and self._ordered is None):
                     weight = self.weight.detach()
                     weight = weight.view(*weight.shape, *[1] * (4 - weight.ndim))
                     ordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._sizes, list(shape))
-                    self._ordered, self.plain, self._other = (shape, ordered), None, None
+                    self._ordered, self.plain, self._other, self._misses = (shape, ordered), None, None, 0
                     return ordered
-                if before is not None:  # two others in a row, of two shapes
+                if self._misses > 1:  # to unpack it for every other call costs more than ordering gains
                     self._release()
             return None
 

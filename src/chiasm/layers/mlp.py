@@ -3,7 +3,7 @@
 Its inner width is a multiple of the tokens', so that for many tokens what stands between the two products is the
 largest thing in the network, and on a CPU most of the MLP's time beside the products is spent moving it. Tokens are
 therefore taken some thousands at a time: the inner values of one part stay in cache. For the backward pass those before
-the GELU are kept; those behind it are made again, for a part at a time, in about the time that fetching them takes.
+the GELU are kept; those behind it, where there are many, are made again, in about the time that fetching them takes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from chiasm.layers.by_hand import Linear, by_autograd, by_hand, eager, product, weight_gradient
 from chiasm.layers.fused import FusedLinear
 
+LARGE = 2**24  # bytes of a batch's inner values beyond which those behind the GELU are not kept
 PART = 3136  # tokens of one part: an image's of 56 x 56, the largest map of the usual networks
 
 
@@ -55,7 +56,9 @@ class FusedMlp(nn.Module):
         """`addend`, of the tokens' shape, is added; see `FusedLinear`."""
         if addend is None or not (overwrite and addend.is_contiguous()):
             return self.fc2(self.fc1(tokens), addend)
-        for part, target in zip(tokens.flatten(0, -2).split(PART), addend.flatten(0, -2).split(PART), strict=True):
+        tokens, whole = tokens.flatten(0, -2), addend.flatten(0, -2)
+        count = -(-len(tokens) // PART)  # of one size, if they can be: weights are ordered for a size
+        for part, target in zip(tokens.chunk(count), whole.chunk(count), strict=True):
             self.fc2(self.fc1(part), target, overwrite=True)
         return addend
 
@@ -78,9 +81,12 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         out, inner = [], []
+        keep = x.numel() // x.shape[-1] * w1.shape[0] * x.element_size() <= LARGE
         for part in x.flatten(0, -2).split(PART):
-            inner.append(product(part, w1, b1))
-            out.append(product(F.gelu(inner[-1]), w2, b2))
+            before = product(part, w1, b1)
+            behind = F.gelu(before)
+            out.append(product(behind, w2, b2))
+            inner += [before, behind if keep else None]
         ctx.save_for_backward(x, w1, b1, w2, b2, *inner)
         return _joined(out).view(x.shape)
 
@@ -92,10 +98,10 @@ class _Mlp(torch.autograd.Function):
         of_x, of_w1, of_b1, of_w2, of_b2 = ctx.needs_input_grad
         to_x: list[Tensor] = []
         to_w1 = to_b1 = to_w2 = to_b2 = None
-        parts = x.flatten(0, -2).split(PART), gradient.flatten(0, -2).split(PART), inner
-        for part, to_out, before in zip(*parts, strict=True):
+        parts = x.flatten(0, -2).split(PART), gradient.flatten(0, -2).split(PART), inner[::2], inner[1::2]
+        for part, to_out, before, behind in zip(*parts, strict=True):
             if of_w2:
-                to_w2 = _plus(to_w2, weight_gradient(to_out, F.gelu(before)))
+                to_w2 = _plus(to_w2, weight_gradient(to_out, F.gelu(before) if behind is None else behind))
             if of_b2:
                 to_b2 = _plus(to_b2, to_out.sum(0))
             if not (of_x or of_w1 or of_b1):

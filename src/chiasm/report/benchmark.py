@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from chiasm.measure import Times
 from chiasm.report.plots import BLUE, GREEN, INK, LINE, MUTED, VERMILION, dress
 
-FORMS = {"eager": BLUE, "optimized": VERMILION, "compiled": GREEN}
+FORMS = {"eager": BLUE, "kept": MUTED, "optimized": VERMILION, "compiled": GREEN}
 HEADERS = ("model", "form", "ms", "10 to 90 %", "images/s", "x peer", "95 %", "GFLOP/s", "of limit", "peak MB")
 
 
@@ -22,8 +22,8 @@ class Row:
     Attributes:
         model: as it was named.
         mode: 'inference' or 'training', which is forward, loss, backward and the optimiser's step.
-        form: 'eager', 'optimized' (in inference `chiasm.optimize`; in training the memory that is freed is kept, as
-            `chiasm train` does on a CPU) or 'compiled' (`torch.compile`).
+        form: 'eager'; 'kept', the same where freed memory is kept; 'optimized' (`chiasm.optimize`, and freed memory is
+            kept where it can be); or 'compiled' (`torch.compile`).
         batch: images at a time.
         image_size: height and width in pixels.
         memory_format: 'channels_last' or 'contiguous', in which weights and images are given: the one in which the
@@ -109,8 +109,8 @@ class Benchmark:
             yield f"Limit: a product of matrices at {self.limit:.0f} GFLOP/s, measured between the rounds."
         if self.where:
             yield self.where
-        if any((row.mode, row.form) == ("training", "optimized") for row in self.rows):
-            yield "'optimized': in inference chiasm.optimize; in training freed memory is kept, as chiasm train does."
+        if any(row.form == "kept" for row in self.rows):
+            yield "'kept' and 'optimized': in processes that keep freed memory, as most of chiasm's commands do."
         yield f"'x peer' is how many times as fast as the eager form of {self.peer}, in its better memory format."
         for row in self.rows:
             if row.error is not None:

@@ -26,14 +26,15 @@ if TYPE_CHECKING:
     from chiasm.works import Subject
 
     Work = Callable[[], float]  # runs once and gives its seconds
-    Key = tuple[str, str, str]  # a model, its form, its memory format
+    Key = tuple[str, str]  # a model and its form
 
 _log = logging.getLogger("chiasm.bench")
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 300
-TRIAL_ROUNDS, CLEAR = 5, 1.1  # after so many rounds a memory format that is slower by this is given up
+TRIAL_ROUNDS = 5  # of each memory format, to choose the better
 RATE_SECONDS = 0.5  # between two matrix products at least
 FORMATS = ("channels_last", "contiguous")
+MEMORY_SHARE = 1.0  # of the progress, where a comparison is 1
 
 
 def bench(**flags: Any) -> Benchmark:
@@ -42,8 +43,8 @@ def bench(**flags: Any) -> Benchmark:
     All works of one comparison (a mode and a batch) are run once in each round, in an order drawn anew, and matrices
     are multiplied in between, so that every row can be held against the others and against the machine's own limit in
     the same minutes. On a CPU each has a process of its own, as in use (see `chiasm.apart`). Each model is given the
-    memory format that suits it better. A training step is that of `chiasm train` with its defaults. A model that fails
-    has a row that says so, and the rest goes on; Ctrl-C keeps what was measured.
+    memory format that suits it better. A model that fails has a row that says so, and the rest goes on; Ctrl-C keeps
+    what was measured. A script that calls this needs `if __name__ == "__main__":`, as processes are started.
 
     Raises:
         UnknownNameError, ModelFileError: when a model is not known; nothing is measured then.
@@ -94,6 +95,8 @@ def _check(config: BenchConfig) -> None:
         raise UnknownNameError("peer", config.peer, config.models, "It is one of the models.")
     if not config.batch or any(size != "max" and not (size.isdecimal() and int(size) > 0) for size in config.batch):
         raise ChiasmError(f"--batch {' '.join(config.batch)}: expected whole numbers such as 1 8, or 'max'.")
+    if not 0 <= config.drop_path < 1:
+        raise ChiasmError(f"drop_path is {config.drop_path:g}: expected a rate from 0 up, below 1.")
     for name in ("seconds", "rounds", "threads"):
         value = getattr(config, name)
         if value is not None and value <= 0:
@@ -178,10 +181,10 @@ class _Run:
             return False, "All in one process (--no-apart), where they share what its memory allocator holds."
         try:
             Apart(partial(find, self.config.models), threads=1).close()
-        except ChiasmError as error:
+        except (ChiasmError, OSError, AssertionError) as error:  # the last two where no process can be started
             return False, (
-                "All in one process, where they share what its memory allocator holds: another one, which imports "
-                f"chiasm alone, says: {error}"
+                "All in one process, where they share what its memory allocator holds; one of its own says: "
+                f"{first_line(error)}"
             )
         return True, "Each in a process of its own, taking turns."
 
@@ -195,10 +198,12 @@ class _Run:
         groups = [(mode, size) for mode in modes for size in self.config.batch]
         interrupted = False
         with _progress() as self._bar:
-            self._task = self._bar.add_task("measuring", total=len(groups))
+            self._task = self._bar.add_task("measuring", total=len(groups) + MEMORY_SHARE * self.config.memory)
             try:
                 for number, (mode, size) in enumerate(groups):
                     self._compare(mode, size, number)
+                if self.config.memory:
+                    self._add_memory(len(groups))
             except KeyboardInterrupt:
                 interrupted = True
         if not any(row.times or row.error for row in self.rows):
@@ -217,7 +222,7 @@ class _Run:
         )
 
     def _compare(self, mode: str, size: str, number: int) -> None:
-        """Time all models and forms at one mode and batch, and measure their memory."""
+        """Time all models and forms at one mode and batch."""
         batch = self._filling(mode) if size == "max" else int(size)
         if any((row.mode, row.batch) == (mode, batch) for row in self.rows):
             return
@@ -227,33 +232,35 @@ class _Run:
         rows: dict[Key, Row] = {}
         try:
             for subject in self.subjects:
-                for form, layouts in self._forms(mode).items():
-                    for layout in layouts:
-                        row = replace(self._row(subject, mode, form, batch), memory_format=layout)
-                        self._prepare(row, subject, works, rows)
+                layout = ""
+                for form in self._forms(mode):
+                    row = self._row(subject, mode, form, batch)
+                    work: Work | None
+                    if form == "eager":
+                        work, row = self._better_format(row, subject)
+                        layout = row.memory_format or ""
+                    else:
+                        work, row = self._prepare(replace(row, memory_format=layout), subject)
+                    rows[subject.ref, form] = row
+                    if work is not None:
+                        works[subject.ref, form] = work
             self._rounds(works, rows, heading, number)
-            _leave_better(works, rows, margin=1.0)
-            if self.config.memory:
-                self._add_memory(works, rows, heading)
         finally:
-            _leave_better(works, rows, margin=1.0)
             self.rows += [row for row in rows.values() if row.times or row.error]
             for work in works.values():
                 _end(work)
             works.clear()
             _free()
 
-    def _forms(self, mode: str) -> dict[str, tuple[str, ...]]:
-        """The forms of each model, and the memory formats that they are tried in."""
+    def _forms(self, mode: str) -> list[str]:
         from chiasm.data.machine import can_keep_freed_memory
 
-        if mode == "inference":
-            forms = {"eager": FORMATS, "optimized": FORMATS[:1]}  # which has a format of its own
-        elif self.apart and can_keep_freed_memory():
-            forms = {"eager": FORMATS, "optimized": FORMATS}
-        else:
-            forms = {"eager": FORMATS}
-        return forms | ({"compiled": FORMATS} if self.config.compile else {})
+        others = {
+            "kept": self.apart and can_keep_freed_memory(),
+            "optimized": mode == "inference",
+            "compiled": self.config.compile,
+        }
+        return ["eager", *(form for form, wanted in others.items() if wanted)]
 
     def _row(self, subject: Subject, mode: str, form: str, batch: int) -> Row:
         from chiasm.measure import TRAINING_PASSES
@@ -270,37 +277,57 @@ class _Run:
         from chiasm.works import work_of
 
         layout = row.memory_format or "contiguous"
-        how = (row.mode, row.form, row.batch, layout, self.config.precision, str(self.device))
+        config = self.config
+        how = (row.mode, row.form, row.batch, layout, config.precision, str(self.device), config.drop_path)
         return partial(work_of, row.model, subject.shape, *how)
 
     def _spare(self, row: Row) -> int | None:
-        """How much freed memory the process keeps: in the optimized form as chiasm's commands do, else as it comes."""
+        """How much freed memory the process keeps: as chiasm's commands do, or None for as it comes."""
         from chiasm.data.machine import ALL, SPARE
 
-        if row.form != "optimized":
+        if row.form not in ("kept", "optimized"):
             return None
         return ALL if row.mode == "training" else SPARE
 
-    def _prepare(self, row: Row, subject: Subject, works: dict[Key, Work], rows: dict[Key, Row]) -> None:
-        """Add the row, with its error where it has one, and its work, warmed up."""
+    def _prepare(self, row: Row, subject: Subject) -> tuple[Work | None, Row]:
+        """The work, warmed up, or the row with its error."""
         import torch
 
         from chiasm.apart import WARM, Apart
         from chiasm.measure import timed
 
-        key, build = _key(row), self._builder(row, subject)
-        rows[key] = row
+        build = self._builder(row, subject)
         try:
             if self.apart:
-                works[key] = Apart(build, threads=torch.get_num_threads(), spare=self._spare(row))
-            else:
-                work = build()
-                for _ in range(WARM):
-                    work()
-                works[key] = timed(work)
+                return Apart(build, threads=torch.get_num_threads(), spare=self._spare(row)), row
+            work = build()
+            for _ in range(WARM):
+                work()
         except Exception as error:  # one model's failure is a row of the table, not the end of the others
             _free()
-            rows[key] = replace(row, error=first_line(error))
+            return None, replace(row, error=first_line(error))
+        return timed(work), row
+
+    def _better_format(self, row: Row, subject: Subject) -> tuple[Work | None, Row]:
+        """The eager work in the memory format in which it is faster, by a few rounds of both."""
+        from itertools import islice
+
+        from chiasm.measure import Times, interleaved
+
+        prepared = {layout: self._prepare(replace(row, memory_format=layout), subject) for layout in FORMATS}
+        works = {layout: work for layout, (work, _) in prepared.items() if work is not None}
+        seen: dict[str, list[float]] = {}
+        try:
+            for found in islice(interleaved(works), TRIAL_ROUNDS):
+                for layout, seconds in found.items():
+                    if isinstance(seconds, float):
+                        seen.setdefault(layout, []).append(seconds)
+        finally:
+            chosen = min(seen, key=lambda layout: Times(tuple(seen[layout])).median, default=FORMATS[0])
+            for layout, work in works.items():
+                if layout != chosen:
+                    _end(work)
+        return prepared[chosen]
 
     def _rounds(self, works: dict[Key, Work], rows: dict[Key, Row], heading: str, done: int) -> None:
         """Interleaved rounds until the time or the rounds are used up; what was timed stays when interrupted."""
@@ -319,8 +346,6 @@ class _Run:
                 else:
                     before = rows[key].times
                     rows[key] = replace(rows[key], times=Times((*(before.seconds if before else ()), outcome)))
-            if number == TRIAL_ROUNDS:
-                _leave_better(works, rows, margin=CLEAR)
             now = time.perf_counter()
             if now - rated > RATE_SECONDS or number == most:
                 self.rates.append(self._product())
@@ -353,29 +378,26 @@ class _Run:
                 _log.debug("%s: %s", subject.ref, first_line(error))
         return min(found, default=1)
 
-    def _add_memory(self, works: dict[Key, Work], rows: dict[Key, Row], heading: str) -> None:
-        """The peak memory of each row that could be timed; of compiled ones on a GPU alone, as compiling takes some."""
+    def _add_memory(self, done: int) -> None:
+        """The peak memory of each row that could be timed. It is what is in use, so kept is as eager; compiling
+        takes memory itself: compiled ones are measured on a GPU alone."""
         import torch
 
-        from chiasm.apart import Apart
         from chiasm.measure import peak_memory
 
         subjects = {subject.ref: subject for subject in self.subjects}
-        for key, work in works.items():
-            row = rows[key]
-            if row.form == "compiled" and self.device.type != "cuda":
+        for place, row in enumerate(self.rows):
+            self._tell(f"memory of {row.model}, {row.form}, {row.mode}", done + MEMORY_SHARE * place / len(self.rows))
+            unmeasured = ("kept",) if self.device.type == "cuda" else ("kept", "compiled")
+            if row.error is not None or row.form in unmeasured:
                 continue
-            self._tell(f"{heading}: memory of {row.model}, {row.form}")
+            builder = self._builder(row, subjects[row.model])
             try:
-                if isinstance(work, Apart):
-                    memory = work.peak()
-                else:
-                    builder = self._builder(row, subjects[row.model])
-                    memory = peak_memory(builder, self.device, threads=torch.get_num_threads())
+                memory = peak_memory(builder, self.device, threads=torch.get_num_threads())
             except ChiasmError as error:
-                _log.warning("%s, %s, %s: peak memory not measured: %s", row.model, row.form, heading, error)
+                _log.warning("%s, %s, %s: peak memory not measured: %s", row.model, row.form, row.mode, error)
             else:
-                rows[key] = replace(row, memory=memory)
+                self.rows[place] = replace(row, memory=memory)
 
     def _with_speedup(self, row: Row) -> Row:
         from chiasm.measure import ratio
@@ -389,28 +411,6 @@ class _Run:
 
     def _tell(self, what: str, completed: float | None = None) -> None:
         self._bar.update(self._task, description=what, completed=completed)
-
-
-def _key(row: Row) -> Key:
-    return row.model, row.form, row.memory_format or ""
-
-
-def _leave_better(works: dict[Key, Work], rows: dict[Key, Row], *, margin: float) -> None:
-    """Of each model and form, leave out memory formats that are slower than its fastest by more than `margin` times."""
-
-    def seconds(row: Row) -> float:
-        return row.times.median if row.times else float("inf")
-
-    best: dict[tuple[str, str], Row] = {}
-    for row in rows.values():
-        key = row.model, row.form
-        best[key] = min(best.get(key, row), row, key=seconds)
-    for row in list(rows.values()):
-        chosen = best[row.model, row.form]
-        if row is not chosen and seconds(row) >= margin * seconds(chosen):
-            del rows[_key(row)]
-            if _key(row) in works:
-                _end(works.pop(_key(row)))
 
 
 def _end(work: Work) -> None:
