@@ -247,7 +247,20 @@ def test_a_process_that_ends_is_an_error_of_its_work(number: signal.Signals, why
 
 def test_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One network trains with one image and one cannot: that row says so, the rest goes on, and the exit code is 1."""
-    words = ["bench", *TINY, "--batch", "1", "2", "--image-size", "32", "--rounds", "2", "--peer", TINY[1]]
+    words = [
+        "bench",
+        *TINY,
+        "--batch",
+        "1",
+        "2",
+        "--image-size",
+        "32",
+        "--rounds",
+        "2",
+        "--no-memory",
+        "--peer",
+        TINY[1],
+    ]
     assert main([*words, "--out", str(tmp_path / "out")]) == 1
     shown = capsys.readouterr().out
     assert "inference, batch 1" in shown
@@ -271,7 +284,6 @@ def test_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert row["times"]["p10"] <= row["times"]["median"] <= row["times"]["p90"]
         assert row["images_per_second"] == pytest.approx(batch / row["times"]["median"])
         assert row["gflops"] == pytest.approx(row["flops"] / row["times"]["median"] / 1e9)
-        assert row["memory"] is None if form == "kept" else row["memory"] > 0
         assert row["memory_format"] in ("contiguous", "channels_last")
         assert row["image_size"] == [32, 32]
         peer = rows.get((mode, batch, TINY[1], "eager"))
@@ -289,7 +301,7 @@ def test_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert training["flops"] == 3 * one["flops"]
     assert one["parameters"] == sum(p.numel() for p in model.parameters())
 
-    flags = ["--peer", TINY[1], "--batch", "1", "2", "--image-size", "32", "--rounds", "2"]
+    flags = ["--peer", TINY[1], "--batch", "1", "2", "--image-size", "32", "--rounds", "2", "--no-memory"]
     assert plain["command"] == " ".join(["chiasm", "bench", *TINY, *flags])
     assert plain["limit"] > 0
     assert len(plain["rates"]) >= 4
@@ -308,19 +320,23 @@ def test_files_and_names_of_every_kind(tmp_path: Path) -> None:
     )
     save_model(path, timm.create_model("test_vit", img_size=32, num_classes=2), info)
     names = [str(path), "test_resnet", "torchvision:squeezenet1_1"]
-    result = bench(models=names, batch=["1"], rounds=1, train=False, memory=False, image_size=[32], out=None)
-    assert [row.model for row in result.rows] == [name for name in names for _ in (*FORMS, "optimized")]
+    result = bench(
+        models=names, apart=False, batch=["1"], rounds=1, train=False, memory=False, image_size=[32], out=None
+    )
+    assert [row.model for row in result.rows] == [name for name in names for _ in ("eager", "optimized")]
+    assert "--no-apart" in result.where
     assert all(row.error is None for row in result.rows)
     assert show(result, BenchConfig(models=names)) == 0
 
 
 def test_half_precision_and_own_sizes() -> None:
-    result = bench(models=["test_vit"], batch=["1"], rounds=1, precision="bf16", memory=False, out=None)
+    result = bench(models=["test_vit"], batch=["1"], rounds=1, precision="bf16", out=None)
     modes = {"inference": [*FORMS, "optimized"], "training": FORMS}
     assert [(row.mode, row.form) for row in result.rows] == [
         (mode, form) for mode, forms in modes.items() for form in forms
     ]
     assert all(row.error is None and row.image_size == (160, 160) for row in result.rows)
+    assert all(row.memory is None if row.form == "kept" else row.memory and row.memory > 1e6 for row in result.rows)
 
 
 @pytest.mark.parametrize(
@@ -339,6 +355,7 @@ def test_half_precision_and_own_sizes() -> None:
         ({"models": ["test_vit"], "batch": ["max"], "device": "cpu"}, "there is none here"),
         ({"models": ["test_vit"], "image_size": [1, 2, 3]}, "expected a side"),
         ({"models": ["test_vit"], "seconds": 0}, "seconds is 0"),
+        ({"models": ["test_vit"], "drop_path": 1.0}, "drop_path is 1: expected a rate"),
         ({"models": ["test_vit"], "device": "cuda:99"}, "is not here"),
     ],
     ids=str,

@@ -51,7 +51,7 @@ def wait_for_progress(process: subprocess.Popen[str], run: Path, updates: int) -
         path = run / "checkpoints" / "last.ckpt"
         if path.exists() and read_checkpoint(path)["chiasm"]["updates"] >= updates:
             return
-        time.sleep(0.02)
+        time.sleep(0.1)  # to look is work that the other process waits for
     raise AssertionError(f"no progress: {finish(process)}")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from chiasm.layers.fused import FusedLinear, traced
 
+LARGE = 2**18  # numbers of a weight: a megabyte; oneDNN keeps 0.65 for each shape of a product
 PART = 2**20  # numbers in the largest intermediate of one part: 4 MB, which the outer cache holds
 
 
@@ -75,11 +76,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`product`, by oneDNN only where the weight is larger than the code that oneDNN keeps for a shape."""
+    return product(x, weight, bias) if weight.numel() >= LARGE else F.linear(x, weight, bias)
+
+
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """The gradient (out, in) of a weight, from that of its product (M, out) and its input (M, in)."""
-    if 2 * gradient.shape[1] <= x.shape[1]:  # both factors lie transposed: oneDNN is the faster where it has few rows
-        return product(gradient.t(), x.t())
-    return gradient.t() @ x
+    # Both factors lie transposed. PyTorch's library is the slower where the result has fewer rows than columns.
+    if 2 * gradient.shape[1] > x.shape[1]:
+        return gradient.t() @ x
+    if gradient.shape[1] * x.shape[1] < LARGE:
+        return (x.t() @ gradient).t().contiguous()
+    return product(gradient.t(), x.t())
 
 
 def by_autograd(plain: Callable[..., Tensor], inputs: tuple[Any, ...], gradient: Tensor) -> tuple[Any, ...]:
@@ -106,7 +115,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        return product(x, weight, bias)
+        return linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -116,7 +125,7 @@ class _Linear(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad
         flat = gradient.flatten(0, -2)
         return (
-            product(gradient, weight.t()) if of_x else None,
+            linear(gradient, weight.t()) if of_x else None,
             weight_gradient(flat, x.flatten(0, -2)) if of_weight else None,
             flat.sum(0) if of_bias else None,
         )

@@ -3,7 +3,7 @@
 Its inner width is a multiple of the tokens', so that for many tokens what stands between the two products is the
 largest thing in the network, and on a CPU most of the MLP's time beside the products is spent moving it. Tokens are
 therefore taken some thousands at a time: the inner values of one part stay in cache. For the backward pass those before
-the GELU are kept; those behind it, where there are many, are made again, in about the time that fetching them takes.
+the GELU are kept; those behind it are made again, a part at a time, in about the time that fetching them takes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chiasm.layers.by_hand import Linear, by_autograd, by_hand, eager, product, weight_gradient
+from chiasm.layers.by_hand import Linear, by_autograd, by_hand, eager, linear, weight_gradient
 from chiasm.layers.fused import FusedLinear
 
-LARGE = 2**24  # bytes of a batch's inner values beyond which those behind the GELU are not kept
 PART = 3136  # tokens of one part: an image's of 56 x 56, the largest map of the usual networks
 
 
@@ -81,12 +80,9 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         out, inner = [], []
-        keep = x.numel() // x.shape[-1] * w1.shape[0] * x.element_size() <= LARGE
         for part in x.flatten(0, -2).split(PART):
-            before = product(part, w1, b1)
-            behind = F.gelu(before)
-            out.append(product(behind, w2, b2))
-            inner += [before, behind if keep else None]
+            inner.append(linear(part, w1, b1))
+            out.append(linear(F.gelu(inner[-1]), w2, b2))
         ctx.save_for_backward(x, w1, b1, w2, b2, *inner)
         return _joined(out).view(x.shape)
 
@@ -98,21 +94,21 @@ class _Mlp(torch.autograd.Function):
         of_x, of_w1, of_b1, of_w2, of_b2 = ctx.needs_input_grad
         to_x: list[Tensor] = []
         to_w1 = to_b1 = to_w2 = to_b2 = None
-        parts = x.flatten(0, -2).split(PART), gradient.flatten(0, -2).split(PART), inner[::2], inner[1::2]
-        for part, to_out, before, behind in zip(*parts, strict=True):
+        parts = x.flatten(0, -2).split(PART), gradient.flatten(0, -2).split(PART), inner
+        for part, to_out, before in zip(*parts, strict=True):
             if of_w2:
-                to_w2 = _plus(to_w2, weight_gradient(to_out, F.gelu(before) if behind is None else behind))
+                to_w2 = _plus(to_w2, weight_gradient(to_out, F.gelu(before)))
             if of_b2:
                 to_b2 = _plus(to_b2, to_out.sum(0))
             if not (of_x or of_w1 or of_b1):
                 continue
-            to_before = torch.ops.aten.gelu_backward(product(to_out, w2.t()), before)
+            to_before = torch.ops.aten.gelu_backward(linear(to_out, w2.t()), before)
             if of_w1:
                 to_w1 = _plus(to_w1, weight_gradient(to_before, part))
             if of_b1:
                 to_b1 = _plus(to_b1, to_before.sum(0))
             if of_x:
-                to_x.append(product(to_before, w1.t()))
+                to_x.append(linear(to_before, w1.t()))
         return _joined(to_x).view(x.shape) if of_x else None, to_w1, to_b1, to_w2, to_b2
 
 
