@@ -60,10 +60,10 @@ def keep_freed_memory(spare: int = ALL) -> bool:
     """Keep the memory that this process frees for what it asks for next; whether the system can (Linux's glibc).
 
     By itself glibc hands large blocks back at once, and the system gives them out again page by page, each filled with
-    zeros: on a CPU a tenth of the time goes there, with some networks a half (benchmarks/speed). For work that asks for the same
-    sizes again and again, as training does, the peak stays as it is; where sizes differ each time, it can grow, as
-    what lies between blocks in use is not given back. What
-    MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ or GLIBC_TUNABLES say goes first.
+    zeros: on a CPU a tenth of the time goes there, with some networks a half (benchmarks/speed). For work that asks for
+    the same sizes again and again, as training does, the peak stays as it is; where sizes differ each time, it can
+    grow, as what lies between blocks in use is not given back. What MALLOC_MMAP_THRESHOLD_,
+    MALLOC_TRIM_THRESHOLD_ or GLIBC_TUNABLES say goes first.
 
     Args:
         spare: bytes that may lie free at a heap's end (each thread can have one) before they are given back, and the
