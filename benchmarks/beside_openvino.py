@@ -13,8 +13,9 @@ import argparse
 import json
 from collections.abc import Callable
 from datetime import date
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import timm
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from chiasm import create_model, optimize
-from chiasm.measure import Times, machine, ratio
+from chiasm.measure import Times, interleaved, machine, ratio, timed
 
 PAIRS = {
     "Swin-T": ("swin_tiny_window7_224", "swin_tiny_patch4_window7_224", 224),
@@ -80,24 +81,25 @@ def measure(name: str, batch: int, rounds: int) -> list[dict[str, Any]]:
         "timm, OpenVINO": through_openvino,
         "chiasm, optimized": lambda: faster(images),
     }
-    seconds: dict[str, list[float]] = {form: [] for form in works}
     with torch.inference_mode():
         answers = [work() for work in works.values()]
         for answer in answers[1:]:
             torch.testing.assert_close(answer, answers[0], rtol=1e-3, atol=1e-4)
 
-        for _ in range(rounds):
-            for form, work in works.items():
-                work()
-                start = perf_counter()
-                work()
-                seconds[form].append(perf_counter() - start)
-    times = {form: Times(tuple(values)) for form, values in seconds.items()}
+        rounds_of = interleaved({form: partial(_second, timed(work)) for form, work in works.items()})
+        found = list(islice(rounds_of, rounds))
+    times = {form: Times(tuple(seconds[form] for seconds in found)) for form in works}
     reference = times["timm, OpenVINO"]
     return [
         {"model": name, "batch": batch, "form": form, "ms": 1e3 * own.median, "speedup": ratio(reference, own)}
         for form, own in times.items()
     ]
+
+
+def _second(run: Callable[[], float]) -> float:
+    """Seconds of the second of two runs; the first finds the caches as others left them."""
+    run()
+    return run()
 
 
 def _openvino(model: torch.nn.Module, images: Tensor) -> Callable[[], Tensor]:

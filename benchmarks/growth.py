@@ -34,7 +34,8 @@ from chiasm.measure import (
     noise,
     peak_memory,
     timed,
-)
+)  # fmt: skip
+from chiasm.models.sketch import shapes_only
 
 SIDES = (128, 192, 256, 384, 512, 768, 1024)
 # name: why its cost grows as it does
@@ -80,13 +81,13 @@ def work(name: str, side: int) -> Callable[[], None]:
 
 def measure(side: int, rounds: int, product: MatrixProduct) -> dict[str, Any]:
     """Seconds, bytes and multiply-accumulates of each network at one side, and the machine's speed meanwhile."""
-    works = {name: work(name, side) for name in MODELS}
+    works = {name: timed(work(name, side)) for name in MODELS}
     for run in works.values():  # the first two runs settle what is kept
         run()
         run()
     seconds: dict[str, list[float]] = {name: [] for name in MODELS}
     rates = [product()]
-    for found in islice(interleaved({name: timed(run) for name, run in works.items()}), rounds):
+    for found in islice(interleaved(works), rounds):
         for name, outcome in found.items():
             if isinstance(outcome, Exception):
                 raise outcome
@@ -95,7 +96,7 @@ def measure(side: int, rounds: int, product: MatrixProduct) -> dict[str, Any]:
     works.clear()
     models = {}
     for name in MODELS:
-        with torch.device("meta"):
+        with shapes_only():
             sketch = build(name, side)
             macs = count_macs(sketch, torch.zeros(1, 3, side, side))[1][""]
         parameters = sum(p.numel() for p in sketch.parameters())

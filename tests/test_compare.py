@@ -23,6 +23,7 @@ from chiasm.engine import study as study_file
 from chiasm.engine.study import Budget, Candidate, Study
 from chiasm.errors import ChiasmError, InterruptedRunError
 from chiasm.measure import Cost, count_macs
+from chiasm.models.sketch import shapes_only
 from chiasm.models.widen import widened
 from chiasm.report.comparison import Comparison, Entry, Outcome, cells, comparison_page, markdown, method, verdict
 from chiasm.verbs.compare import CompareResult
@@ -176,11 +177,11 @@ def test_widened_beside_the_networks_alone(tmp_path: Path) -> None:
 )
 def test_widened_to_what_another_costs(name: str) -> None:
     def build(arguments: dict[str, Any]) -> torch.nn.Module:
-        with torch.device("meta"):
+        with shapes_only():
             return create_model(name, **arguments).eval()
 
     def macs(model: torch.nn.Module) -> float:
-        with torch.device("meta"):
+        with shapes_only():
             return count_macs(model, torch.zeros(1, 3, *model.pretrained_cfg["input_size"][1:]))[1][""]
 
     own = macs(build({}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from chiasm.models import ARCHITECTURES, conformer, create_model, mobilevit, mobilevitv2, swin
 from chiasm.models.checkpoints import load_weights, read_weights
 from chiasm.models.dialects import Dialect, Place
+from chiasm.models.sketch import sketch
 
 TABLES = [(module, dialect) for module in ARCHITECTURES for dialect in module.DIALECTS]
 EVERY = [
@@ -22,13 +22,7 @@ EVERY = [
 
 
 def _smallest(module: Any) -> str:
-    return min(module.SIZES, key=lambda name: sum(p.numel() for p in _sketch(name).parameters()))
-
-
-@cache
-def _sketch(name: str, **options: Any) -> nn.Module:
-    with torch.device("meta"):
-        return create_model(name, **options)
+    return min(module.SIZES, key=lambda name: sum(p.numel() for p in sketch(name).parameters()))
 
 
 def _shaken(model: nn.Module, seed: int) -> nn.Module:
@@ -66,7 +60,7 @@ def _options(dialect: Dialect) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "dialect"), EVERY)
 def test_the_table_names_every_weight_both_ways(name: str, dialect: Dialect) -> None:
-    keys = list(_sketch(name, **_options(dialect)).state_dict())
+    keys = list(sketch(name, **_options(dialect)).state_dict())
     if _options(dialect):
         keys = [key for key in keys if not key.startswith("norm.")]
     theirs = {key: dialect.to_theirs(key) for key in keys}
@@ -115,7 +109,7 @@ def test_no_two_dialects_are_confused(module: Any) -> None:
     """Whose names they are is found from the keys alone, behind any prefix, with or without the classifier."""
     name = _smallest(module)
     for dialect in module.DIALECTS:
-        model = _sketch(name, **_options(dialect))
+        model = sketch(name, **_options(dialect))
         theirs = dialect.write(model.state_dict())
         bare = {key: value for key, value in theirs.items() if "head" not in key and "classifier" not in key}
         for content in (theirs, {f"module.{key}": value for key, value in theirs.items()}, bare):
@@ -347,7 +341,7 @@ class UnfoldedMerging(nn.Module):
 def test_openmmlabs_patch_merging_gives_the_same_map() -> None:
     dim = swin.SIZES[NANO].embed_dim
     theirs = _shaken(UnfoldedMerging(dim), seed=1)
-    state = swin.DIALECTS[2].write(_sketch(NANO).state_dict())
+    state = swin.DIALECTS[2].write(sketch(NANO).state_dict())
     state = {key: torch.zeros(value.shape) for key, value in state.items()}
     state |= {f"backbone.stages.0.downsample.{key}": value for key, value in theirs.state_dict().items()}
     model = create_model(NANO).eval()

@@ -21,6 +21,7 @@ from chiasm.layers.fused import Fused
 from chiasm.layers.inverted import InvertedResidual
 from chiasm.layers.unfold import fold, resize, unfold
 from chiasm.models import create_model, list_models
+from chiasm.models.sketch import sketch
 
 PUBLISHED_PARAMETERS = {
     "mobilevit_xxs_256": 1_272_024,
@@ -66,8 +67,7 @@ def test_every_size_is_here() -> None:
 
 @pytest.mark.parametrize(("name", "parameters"), PUBLISHED_PARAMETERS.items())
 def test_published_parameters(name: str, parameters: int) -> None:
-    with torch.device("meta"):
-        assert sum(p.numel() for p in create_model(name).parameters()) == parameters
+    assert sum(p.numel() for p in sketch(name).parameters()) == parameters
 
 
 @pytest.mark.parametrize("size", [(64, 96), (100, 140)], ids=str)

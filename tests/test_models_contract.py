@@ -19,21 +19,17 @@ from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
+from architectures import ALL, below
 from chiasm.errors import ChiasmError
 from chiasm.model_file import ModelInfo, load_model, preprocess_of, save_model
-from chiasm.models import create_model, list_models
+from chiasm.models import create_model
+from chiasm.models.sketch import shapes_only, sketch
 
 CLASSES = 5
 
 
-def _parameters(name: str) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in create_model(name).parameters())
-
-
-ALL = list_models()
-BUILT = [name for name in ALL if _parameters(name) < 50e6]
-SMALL = [name for name in ALL if _parameters(name) < 5e6]
+BUILT = below(50e6)
+SMALL = below(5e6)
 
 
 @cache
@@ -59,9 +55,9 @@ def _classifiers(model: nn.Module) -> tuple[str, ...]:
 
 
 @pytest.fixture(params=ALL)
-def sketch(request: pytest.FixtureRequest) -> nn.Module:
+def drawn(request: pytest.FixtureRequest) -> nn.Module:
     """A model on the meta device: shapes without numbers."""
-    with torch.device("meta"):
+    with shapes_only():  # and not `sketch`: ours need no numbers to be built
         return create_model(request.param, num_classes=CLASSES).eval()
 
 
@@ -88,22 +84,22 @@ def test_registered_by_us(name: str) -> None:
     assert timm.models.get_pretrained_cfg(name).input_size[0] == 3
 
 
-def test_stated_names_exist(sketch: nn.Module) -> None:
-    stated = sketch.pretrained_cfg
-    modules = dict(sketch.named_modules())
+def test_stated_names_exist(drawn: nn.Module) -> None:
+    stated = drawn.pretrained_cfg
+    modules = dict(drawn.named_modules())
     assert modules[stated["first_conv"]].weight.shape[1] == 3
-    assert all(modules[name].weight.shape[0] == CLASSES for name in _classifiers(sketch))
-    parameters = dict(sketch.named_parameters())
-    assert set(sketch.no_weight_decay()) <= set(parameters)
-    assert all(level["module"] in modules for level in sketch.feature_info)
+    assert all(modules[name].weight.shape[0] == CLASSES for name in _classifiers(drawn))
+    parameters = dict(drawn.named_parameters())
+    assert set(drawn.no_weight_decay()) <= set(parameters)
+    assert all(level["module"] in modules for level in drawn.feature_info)
 
 
-def test_levels_are_as_stated(sketch: nn.Module) -> None:
-    images = _images(sketch).to("meta")
+def test_levels_are_as_stated(drawn: nn.Module) -> None:
+    images = _images(drawn).to("meta")
     with torch.no_grad():
-        maps = sketch.forward_intermediates(images, intermediates_only=True)
-    assert len(maps) == len(sketch.feature_info)
-    for level, info in zip(maps, sketch.feature_info, strict=True):
+        maps = drawn.forward_intermediates(images, intermediates_only=True)
+    assert len(maps) == len(drawn.feature_info)
+    for level, info in zip(maps, drawn.feature_info, strict=True):
         height, width = (-(-side // info["reduction"]) for side in images.shape[-2:])
         assert level.shape == (2, info["num_chs"], height, width)
 
@@ -138,16 +134,16 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     assert not without
 
 
-def test_groups_cover_every_parameter(sketch: nn.Module) -> None:
+def test_groups_cover_every_parameter(drawn: nn.Module) -> None:
     for coarse in (False, True):
-        groups = group_parameters(sketch, sketch.group_matcher(coarse=coarse))
-        assert sorted(key for keys in groups.values() for key in keys) == sorted(dict(sketch.named_parameters()))
-    groups = param_groups_layer_decay(sketch, weight_decay=0.1, layer_decay=0.5)
+        groups = group_parameters(drawn, drawn.group_matcher(coarse=coarse))
+        assert sorted(key for keys in groups.values() for key in keys) == sorted(dict(drawn.named_parameters()))
+    groups = param_groups_layer_decay(drawn, weight_decay=0.1, layer_decay=0.5)
     scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
-    first = sketch.get_submodule(sketch.pretrained_cfg["first_conv"]).weight
-    assert len(scales) == len(list(sketch.parameters()))
+    first = drawn.get_submodule(drawn.pretrained_cfg["first_conv"]).weight
+    assert len(scales) == len(list(drawn.parameters()))
     assert scales[id(first)] == min(scales.values()) < 0.2
-    heads = list(sketch.get_classifier().parameters())
+    heads = list(drawn.get_classifier().parameters())
     assert all(scales[id(p)] == 1 for p in heads)
 
 
@@ -338,3 +334,20 @@ def test_exports_with_a_dynamic_batch(name: str) -> None:
         more = _images(model, count=count, seed=count)
         with torch.no_grad():
             torch.testing.assert_close(exported.module()(more), model(more), rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------- sketch
+
+
+def test_a_sketch_has_the_shapes_of_the_model(model: nn.Module) -> None:
+    """Of every weight and buffer, and nothing in it has numbers."""
+    drawn = sketch(model.pretrained_cfg["architecture"], num_classes=CLASSES)
+    assert all(value.is_meta for value in (*drawn.parameters(), *drawn.buffers()))
+    shapes = [{key: (value.shape, value.dtype) for key, value in m.state_dict().items()} for m in (drawn, model)]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_network_that_looks_at_numbers_is_drawn_with_them() -> None:
+    drawn = sketch("test_resnet+test_vit:mid", img_size=32).eval()
+    assert not any(value.is_meta for value in drawn.parameters())
+    assert drawn(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)

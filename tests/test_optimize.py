@@ -18,24 +18,20 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 import chiasm
+from architectures import ALL, PARAMETERS
 from chiasm.config import Preprocess
 from chiasm.inference import ACTIVATIONS, optimize
 from chiasm.layers.attention import FusedTransformerBlock, TransformerBlock
 from chiasm.layers.fused import Fused, FusedConv2d, FusedLinear, plainly
 from chiasm.model_file import ModelInfo
-from chiasm.models import create_model, list_models
+from chiasm.models import create_model
 from chiasm.predictor import Predictor
 
 NANO = "conformer_nano_patch16_128"
 
 
-def _parameters(name: str) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in create_model(name).parameters())
-
-
 # Those that a laptop builds quickly, and the smallest of published size; larger ones are the same classes.
-QUICK = [name for name in list_models() if _parameters(name) < 8e6 or "_tiny_" in name]
+QUICK = [name for name in ALL if PARAMETERS[name] < 8e6 or "_tiny_" in name]
 
 
 def _lived_in(model: nn.Module) -> nn.Module:

@@ -465,7 +465,7 @@ class BenchConfig(Config):
     compile: bool = _flag(False, "measure torch.compile too")
     memory: bool = _flag(True, "measure the peak memory too")
     apart: bool = _flag(True, "on a CPU, a process for each network, as in use")
-    drop_path: float = _flag(0.1, "stochastic depth in training, where a named architecture takes it")
+    drop_path: float = _flag(TrainConfig.drop_path, "stochastic depth in training, where a named architecture takes it")
     precision: Literal["32", "bf16"] = _flag("32", "32 or bf16")
     threads: int | None = _flag(None, "threads on the CPU; default: PyTorch's own choice")
     device: str = _flag("auto", "auto, cpu, cuda, mps")

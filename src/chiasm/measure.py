@@ -71,8 +71,7 @@ def interleaved(works: Mapping[Key, Callable[[], float]], *, seed: int = 0) -> I
     """Endless rounds: each gives the seconds that every work took, run once in an order drawn anew.
 
     Args:
-        works: functions that run a work and give its seconds: `timed` ones, or `Apart`. One that is taken out is not
-            run any more.
+        works: functions that run a work and give its seconds: `timed` ones, or `Apart`.
 
     A work that fails gives its error in that round and is left out of those that follow.
     """
@@ -86,7 +85,7 @@ def interleaved(works: Mapping[Key, Callable[[], float]], *, seed: int = 0) -> I
             except Exception as error:  # one model's failure is a row of the table, not the end of the others
                 found[key] = error
         yield found
-        order = [key for key in order if isinstance(found[key], float) and key in works]
+        order = [key for key in order if isinstance(found[key], float)]
 
 
 def ratio(slow: Times, fast: Times, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float, float]:

@@ -76,13 +76,8 @@ def _build(ref: str, size: tuple[int, int] | None, drop_path: float = 0.0) -> tu
             raise UnknownNameError("torchvision model", name, known)
         model = vision.get_model(name, weights=None).eval()
         own = (*vision.get_model_weights(name).DEFAULT.transforms().crop_size * 2,)[:2]
-    elif library == "timm" and name:
-        if not timm.is_model(name):
-            raise UnknownNameError("timm model", name, timm.list_models())
-        model = create_model_with(name, optional)[0].eval()
-        own = preprocess_of(model).size
-    elif optional and is_model(ref) and find_file(ref) is None:
-        model = create_model_with(ref, optional)[0].eval()
+    elif (architecture := _architecture(ref)) is not None:
+        model = create_model_with(architecture, optional)[0].eval()
         own = preprocess_of(model).size
     else:
         model, info = resolve_model(ref)
@@ -97,6 +92,20 @@ def _build(ref: str, size: tuple[int, int] | None, drop_path: float = 0.0) -> tu
     return model, (input_channels(model), *(size or own))
 
 
+def _architecture(ref: str) -> str | None:
+    """The architecture that is named, by timm:NAME or as it is; None for what is a file or folder, or torchvision's.
+
+    Raises:
+        UnknownNameError, ModelFileError: where there is none.
+    """
+    library, _, name = ref.partition(":")
+    if library == "timm" and name:
+        if not timm.is_model(name):
+            raise UnknownNameError("timm model", name, timm.list_models())
+        return name
+    return ref if is_model(ref) and find_file(ref) is None else None
+
+
 def find(refs: Sequence[str]) -> Callable[[], object]:
     """A work that does nothing, where this process knows all these models.
 
@@ -104,10 +113,7 @@ def find(refs: Sequence[str]) -> Callable[[], object]:
         ChiasmError: for one that it does not.
     """
     for ref in refs:
-        library, _, name = ref.partition(":")
-        if library == "timm" and not timm.is_model(name):
-            raise UnknownNameError("timm model", name, timm.list_models())
-        if library not in ("timm", "torchvision") and not is_model(ref):
+        if not ref.startswith("torchvision:") and _architecture(ref) is None:
             resolve_model(ref)
     return _nothing
 

@@ -37,6 +37,7 @@ from chiasm.measure import Cost, Times, count_macs, interleaved, timed
 from chiasm.model_file import preprocess_of
 from chiasm.models import is_model, list_models
 from chiasm.models.coupled import split_name
+from chiasm.models.sketch import shapes_only
 from chiasm.models.widen import widened
 from chiasm.predictor import load
 from chiasm.report.comparison import Outcome
@@ -419,12 +420,12 @@ class Study:
                 continue
 
             def build(arguments: dict[str, Any], plan: TrainConfig = plan) -> torch.nn.Module:
-                with torch.device("meta"):
-                    wider = replace(plan, model_args=plan.model_args | arguments)
+                wider = replace(plan, model_args=plan.model_args | arguments)
+                with shapes_only():
                     return build_model(wider, len(self.data.classes), load=False)[0].eval()
 
             def cost(model: torch.nn.Module, plan: TrainConfig = plan) -> float:
-                with torch.device("meta"):
+                with shapes_only():
                     found = _cost_of(model, plan)
                 return found.macs if measure == "macs" else found.parameters
 

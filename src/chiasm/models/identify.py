@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import timm
-import torch
 from torch import Tensor, nn
 
-from chiasm.models import ARCHITECTURES, create_model
+from chiasm.models import ARCHITECTURES
 from chiasm.models.checkpoints import classifiers, first_convs, is_classifier, read_weights, shapes_of, ways_to_read
 from chiasm.models.dialects import Weight
+from chiasm.models.sketch import sketch
 
 NEAR = 0.9  # share of an architecture's weights from which on a file is taken to be meant for it
 
@@ -100,15 +100,6 @@ def _stated_beside(path: Path) -> str | None:
         return None
     stated = content.get("architecture") if isinstance(content, dict) else None
     return stated if isinstance(stated, str) else None
-
-
-def sketch(name: str, **model_args: Any) -> nn.Module:
-    """The architecture on the meta device: names and shapes without memory; on the CPU where it looks at numbers."""
-    try:
-        with torch.device("meta"):
-            return create_model(name, **model_args)
-    except (RuntimeError, NotImplementedError):
-        return create_model(name, **model_args)
 
 
 _known = cache(sketch)

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import timm
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from chiasm.config import ModelsConfig
 from chiasm.errors import ChiasmError, UnknownNameError
-from chiasm.models import create_model, list_models
+from chiasm.models import list_models
+from chiasm.models.sketch import sketch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,7 @@ def _look_up(name: str, *, ours: bool) -> Architecture:
     stated = timm.models.get_pretrained_cfg(name)
     parameters = None
     if ours:
-        with torch.device("meta"):  # shapes without memory
-            parameters = sum(p.numel() for p in create_model(name).parameters())
+        parameters = sum(p.numel() for p in sketch(name).parameters())
     return Architecture(
         name=name,
         size=(stated.input_size[-2], stated.input_size[-1]) if stated else None,

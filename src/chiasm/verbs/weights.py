@@ -20,7 +20,8 @@ from chiasm.model_file import METADATA_KEY, RUN_FILE, ModelInfo, load_model, pre
 from chiasm.models import create_model, list_models
 from chiasm.models.checkpoint_file import read_checkpoint
 from chiasm.models.checkpoints import WeightsReport, plan, weights_in
-from chiasm.models.identify import fit, hints_of, identify, sketch
+from chiasm.models.identify import fit, hints_of, identify
+from chiasm.models.sketch import sketch
 
 LINE = 1000  # characters; longer than any row
 
