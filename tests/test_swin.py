@@ -82,8 +82,9 @@ def test_equal_to_timm_for_every_size(name: str) -> None:
     side = swin.SIZES[name].image[0] // 4
     options = {"img_size": side, "num_classes": 10}
     theirs = timm.create_model(TIMM[name], drop_path_rate=0.0, **options)
-    mine = create_model(name, order="roll_then_pad", **options)
-    mine.load_state_dict(theirs.state_dict(), strict=True)
+    with shapes_only():
+        mine = create_model(name, order="roll_then_pad", **options)
+    mine.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     images = torch.randn(1, 3, side, side)
     logits, expected = mine(images), theirs(images)
     scale = expected.abs().max()
