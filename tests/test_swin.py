@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from chiasm.errors import ChiasmError, UnknownNameError
 from chiasm.inference import optimize
 from chiasm.layers import mlp
+from chiasm.layers.attention import TransformerBlock
 from chiasm.layers.by_hand import Linear
 from chiasm.layers.residual import Residual
 from chiasm.layers.window import (
@@ -383,6 +384,33 @@ def test_a_dropped_branch_is_not_computed_and_the_others_weigh_more() -> None:
     torch.testing.assert_close(added[kept], torch.full_like(added[kept], 4 / 3), rtol=0, atol=1e-5)
     assert not added[~kept].any()
     assert torch.equal(residual.eval()(x, branch), x + 1)
+
+
+@pytest.mark.parametrize("name", ["swin_nano_window4_128", "mobilevit_xxs_256", "conformer_nano_patch8_64"])
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("dropout", [{}, {"attn_drop_rate": 0.5}], ids=["", "dropout"])
+def test_a_network_all_of_whose_branches_are_dropped_has_gradients(name: str, double: bool, dropout: dict) -> None:
+    """Of zeros in what was left out, which was given a batch of none."""
+    torch.manual_seed(0)
+    model = create_model(name, drop_path_rate=0.1, **dropout).train()
+    left_out = [module for module in model.modules() if isinstance(module, Residual)]
+    for residual in left_out:
+        residual.rate = 1.0
+    images = torch.randn(2, 3, 70, 64)
+    if double:
+        model, images = model.double(), images.double()
+    answers = model(images)
+    assert torch.equal(answers.isfinite(), torch.ones(answers.shape, dtype=torch.bool))
+    with torch.no_grad():
+        assert model(images).shape == answers.shape
+    with torch.autocast("cpu", torch.bfloat16, enabled=not double):
+        model(images).float().square().sum().backward()
+    model.zero_grad()
+    answers.square().sum().backward()
+    assert left_out
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    blocks = [module for module in model.modules() if isinstance(module, swin.SwinBlock | TransformerBlock)]
+    assert not any(p.grad.any() for block in blocks for p in block.parameters())
 
 
 @pytest.mark.parametrize("rate", [0.5, 1.0])

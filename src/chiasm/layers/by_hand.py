@@ -83,8 +83,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """The gradient (out, in) of a weight, from that of its product (M, out) and its input (M, in)."""
-    # Both factors lie transposed. PyTorch's library is the slower where the result has fewer rows than columns.
-    if 2 * gradient.shape[1] > x.shape[1]:
+    # Both factors lie transposed. PyTorch's library is the slower where the result has fewer rows than columns; oneDNN
+    # has no product over nothing, which an image's is that stochastic depth leaves out.
+    if 2 * gradient.shape[1] > x.shape[1] or not len(x):
         return gradient.t() @ x
     if gradient.shape[1] * x.shape[1] < LARGE:
         return (x.t() @ gradient).t().contiguous()

@@ -205,7 +205,8 @@ class WindowAttention(nn.Module):
 
     def _attend(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
         """(B, G * N, 3 * heads * d) -> (B, G * N, heads * d)."""
-        bias, dropout = self.bias().to(qkv.dtype), self.attn_drop if self.training else 0.0
+        # Of no images PyTorch's kernel, which is asked where there is dropout, has no gradient for the bias.
+        bias, dropout = self.bias().to(qkv.dtype), self.attn_drop if self.training and len(qkv) else 0.0
         if not dropout and by_hand(qkv, bias, half=True):
             return _Attention.apply(qkv, bias, mask)
         return _fused_attention(qkv, _added(bias, mask), dropout)
@@ -257,13 +258,13 @@ def _added(bias: Tensor, mask: Tensor | None) -> Tensor:
 def _fused_attention(qkv: Tensor, added: Tensor, dropout: float = 0.0) -> Tensor:
     """Queries, keys and values (B, G * N, 3 * heads * d), added (1 or G, heads, N, N) -> (B, G * N, heads * d)."""
     one = len(added) == 1 or len(qkv) == 1
-    if not one and qkv.is_cpu and not torch.is_grad_enabled() and eager():
+    if not one and len(qkv) and qkv.is_cpu and not torch.is_grad_enabled() and eager():
         # The kernel takes what is added for the whole batch: image by image it need not be repeated.
         return torch.cat([_fused_attention(image, added, dropout) for image in qkv.split(1)])
     query, key, value = _per_head(qkv, *added.shape[1:3])
     repeated = added if one else added.expand(len(qkv), -1, -1, -1, -1).flatten(0, 1)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=repeated, dropout_p=dropout)
-    return mixed.transpose(1, 2).reshape(*qkv.shape[:2], -1)
+    return mixed.transpose(1, 2).reshape(*qkv.shape[:2], qkv.shape[2] // 3)
 
 
 def _per_head(qkv: Tensor, heads: int, area: int) -> Tensor:
