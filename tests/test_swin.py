@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from chiasm.errors import ChiasmError, UnknownNameError
 from chiasm.inference import optimize
-from chiasm.layers import mlp
+from chiasm.layers import by_hand, mlp
 from chiasm.layers.attention import TransformerBlock
 from chiasm.layers.by_hand import Linear
 from chiasm.layers.residual import Residual
@@ -276,17 +277,27 @@ def test_gradients_of_the_mlp_in_parts(tokens: tuple[int, ...], monkeypatch: pyt
     assert torch.autograd.gradgradcheck(run, (x, *layer.parameters()))
 
 
-def test_products_of_onednn_are_those_of_pytorch() -> None:
+@pytest.mark.parametrize("layer", [lambda: Linear(24, 40), lambda: mlp.Mlp(24, 40)], ids=["linear", "mlp"])
+@pytest.mark.parametrize("large", ["LARGE", "LARGE_MAP", None])
+def test_products_of_onednn_are_those_of_pytorch(
+    layer: Callable[[], nn.Module], large: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are taken where the weight is large, or the map."""
+    asked = []
+    monkeypatch.setattr(by_hand, "product", lambda *args, own=by_hand.product: asked.append(args) or own(*args))
+    monkeypatch.setattr(mlp, "PART", 5)
+    if large is not None:  # of the map's 18 tokens and 40 channels, which its parts have not
+        monkeypatch.setattr(by_hand, large, 18 * 40)
     torch.manual_seed(0)
-    ours, plain = Linear(24, 40), nn.Linear(24, 40)
-    plain.load_state_dict(ours.state_dict())
+    ours = layer()
     x = torch.randn(2, 9, 24, requires_grad=True)
-    assert type(ours(x).grad_fn).__name__ == "_LinearBackward"
-    for one, other in zip(
-        torch.autograd.grad(ours(x).square().sum(), [x, *ours.parameters()]),
-        torch.autograd.grad(plain(x).square().sum(), [x, *plain.parameters()]),
-        strict=True,
-    ):
+    out = ours(x)
+    assert type(out.grad_fn).__name__ in ("_LinearBackward", "_MlpBackward")
+    found = torch.autograd.grad(out.square().sum(), [x, *ours.parameters()])
+    assert bool(asked) == (large is not None)
+    with by_hand.watched():
+        expected = torch.autograd.grad(ours(x).square().sum(), [x, *ours.parameters()])
+    for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
 

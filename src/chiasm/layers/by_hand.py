@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from chiasm.layers.fused import FusedLinear, traced
 
-LARGE = 2**18  # numbers of a weight: a megabyte; oneDNN keeps 0.65 for each shape of a product
+# oneDNN keeps 0.65 MB of code for each shape of a product: little beside a weight of so many numbers, or a map.
+LARGE, LARGE_MAP = 2**18, 2**21
 PART = 2**20  # numbers in the largest intermediate of one part: 4 MB, which the outer cache holds
 
 
@@ -76,9 +77,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`product`, by oneDNN only where the weight is larger than the code that oneDNN keeps for a shape."""
-    return product(x, weight, bias) if weight.numel() >= LARGE else F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rows: int = 0) -> Tensor:
+    """`product`, by oneDNN only where that pays for the code that it keeps.
+
+    Args:
+        rows: of the whole that x is a part of; 0 for x itself.
+    """
+    rows = rows or x.numel() // x.shape[-1]
+    large = weight.numel() >= LARGE or rows * max(weight.shape) >= LARGE_MAP
+    return product(x, weight, bias) if large else F.linear(x, weight, bias)
 
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:

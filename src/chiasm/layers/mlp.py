@@ -79,10 +79,10 @@ def _plus(total: Tensor | None, part: Tensor) -> Tensor:
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        out, inner = [], []
-        for part in x.flatten(0, -2).split(PART):
-            inner.append(linear(part, w1, b1))
-            out.append(linear(F.gelu(inner[-1]), w2, b2))
+        out, inner, tokens = [], [], x.flatten(0, -2)
+        for part in tokens.split(PART):
+            inner.append(linear(part, w1, b1, rows=len(tokens)))
+            out.append(linear(F.gelu(inner[-1]), w2, b2, rows=len(tokens)))
         ctx.save_for_backward(x, w1, b1, w2, b2, *inner)
         return _joined(out).view(x.shape)
 
@@ -94,7 +94,8 @@ class _Mlp(torch.autograd.Function):
         of_x, of_w1, of_b1, of_w2, of_b2 = ctx.needs_input_grad
         to_x: list[Tensor] = []
         to_w1 = to_b1 = to_w2 = to_b2 = None
-        parts = x.flatten(0, -2).split(PART), gradient.flatten(0, -2).split(PART), inner
+        tokens = x.flatten(0, -2)
+        parts = tokens.split(PART), gradient.flatten(0, -2).split(PART), inner
         for part, to_out, before in zip(*parts, strict=True):
             if of_w2:
                 to_w2 = _plus(to_w2, weight_gradient(to_out, F.gelu(before)))
@@ -102,13 +103,13 @@ class _Mlp(torch.autograd.Function):
                 to_b2 = _plus(to_b2, to_out.sum(0))
             if not (of_x or of_w1 or of_b1):
                 continue
-            to_before = torch.ops.aten.gelu_backward(linear(to_out, w2.t()), before)
+            to_before = torch.ops.aten.gelu_backward(linear(to_out, w2.t(), rows=len(tokens)), before)
             if of_w1:
                 to_w1 = _plus(to_w1, weight_gradient(to_before, part))
             if of_b1:
                 to_b1 = _plus(to_b1, to_before.sum(0))
             if of_x:
-                to_x.append(linear(to_before, w1.t()))
+                to_x.append(linear(to_before, w1.t(), rows=len(tokens)))
         return _joined(to_x).view(x.shape) if of_x else None, to_w1, to_b1, to_w2, to_b2
 
 
