@@ -34,7 +34,7 @@ from chiasm.measure import (
     noise,
     peak_memory,
     timed,
-)  # fmt: skip
+)
 from chiasm.models.sketch import shapes_only
 
 SIDES = (128, 192, 256, 384, 512, 768, 1024)
